@@ -1,0 +1,1 @@
+"""The search space's discrete side: sampling, indicator, dropping, edge policies, genotypes."""

@@ -1,0 +1,1 @@
+"""Data sets, their order, and augmentation on the device."""

@@ -1,0 +1,156 @@
+"""Image classification sets in memory: loading a split, dividing it, its channel statistics."""
+
+import dataclasses
+import os
+from fractions import Fraction
+
+import numpy as np
+
+from cpnas_jax.data import decode, records
+from cpnas_jax.runtime.errors import UserError
+
+# Images summed at once in `channel_statistics`; bounds its temporary memory.
+_STATISTICS_CHUNK = 2048
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """The examples of a split, decoded.
+
+    Attributes:
+        images: uint8[n, height, width, channels]; grayscale has one channel.
+        labels: int32[n], each in [0, num_classes).
+        num_classes: number of classes of the data set, present in this split or not.
+        class_names: their names, in the order of the labels.
+        name: name of the data set.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    class_names: tuple[str, ...]
+    name: str
+
+
+def load_split(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+) -> Split:
+    """Load one split of a prepared tfds set into memory; no other split's file is opened.
+
+    `mnist5k` is prepared on its first use. Any other set must have been prepared as array_record;
+    its newest version is read. Nothing here uses the network or TensorFlow.
+
+    Args:
+        name: name of the set, `name/config` for one with configurations.
+        split: name of a stored split, such as `train`.
+        data_dir: where tfds keeps prepared sets; None for TFDS_DATA_DIR or tfds's default.
+        image_size: pixels a side to which the central square of each image is resized (see
+            `decode.decode_images`); None keeps the stored size.
+
+    Returns:
+        The split, in stored order (tfds stores shuffled examples).
+
+    Raises:
+        UserError: the set is not prepared, not as array_record, damaged, not of labelled images,
+            has no such split, or its images differ in size and no `image_size` was given.
+    """
+    if image_size is not None and image_size < 1:
+        raise UserError(f"dataset.image_size={image_size} must be at least 1, or None")
+    if name == "mnist5k":
+        # Imported here: defining the builder needs tfds, which takes half a second to import.
+        from cpnas_jax.data import mnist5k
+
+        mnist5k.prepare(data_dir)
+    prepared = records.open_prepared(name, data_dir)
+    encoded, labels = records.read_examples(prepared, split)
+    try:
+        images = decode.decode_images(encoded, prepared.image_shape, image_size)
+    except decode.ImageSizesDiffer as error:
+        raise UserError(
+            f"the images of {prepared.directory} differ in size ({error}); "
+            "set dataset.image_size to the size they shall have"
+        ) from error
+    # Pillow reports broken images by all three.
+    except (OSError, ValueError, SyntaxError) as error:
+        raise records.damaged(prepared.directory, records.one_line(error)) from error
+    return Split(
+        images=images,
+        labels=np.asarray(labels, np.int32),
+        num_classes=len(prepared.class_names),
+        class_names=prepared.class_names,
+        name=name,
+    )
+
+
+def train_validation_parts(
+    split: Split, validation_fraction: float, seed: int
+) -> tuple[Split, Split]:
+    """Divide a split at random into a training and a validation part, stratified by class.
+
+    Stratifying is our choice: the accuracies of the two networks are compared on few images, and
+    equal class shares take one source of noise away. Each class's share of the validation part is
+    exact where the fraction allows it, else within one example. Both parts are in shuffled order,
+    because scoring with a batch's own statistics needs batches of mixed classes.
+
+    Args:
+        split: what to divide.
+        validation_fraction: the validation part's share of the examples, in (0, 1).
+        seed: non-negative; the same seed gives the same parts, also under another numpy version.
+
+    Returns:
+        The training part and the validation part: disjoint, together the whole split.
+
+    Raises:
+        UserError: the fraction leaves one of the parts empty.
+    """
+    size = len(split.labels)
+    # As a fraction: 0.29 * 100 is 28.999999999999996.
+    validation_size = round(Fraction(str(float(validation_fraction))) * size)
+    if not 0 < validation_size < size:
+        raise UserError(
+            f"dataset.validation_fraction={validation_fraction} leaves an empty part of "
+            f"{size} images; it must be above 0 and below 1, with an image in either part"
+        )
+    # Sorting raw bits, whose stream numpy guarantees; that of `permutation` it does not.
+    order = np.argsort(np.random.PCG64(seed).random_raw(size), kind="stable")
+    by_class = order[np.argsort(split.labels[order], kind="stable")]
+    # Evenly spaced picks from the examples sorted by class give each class its share.
+    picks = by_class[(2 * np.arange(validation_size) + 1) * size // (2 * validation_size)]
+    in_validation = np.zeros(size, bool)
+    in_validation[picks] = True
+    chosen = in_validation[order]
+    return _subset(split, order[~chosen]), _subset(split, order[chosen])
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compute each channel's mean and standard deviation over all pixels of all images.
+
+    Args:
+        images: uint8[n, height, width, channels].
+
+    Returns:
+        mean and std, f32[channels] each, in units where white is 1. The standard deviation is at
+        least one grey level, 1/255, so that a constant channel cannot divide by zero. The sums are
+        of integers: exact, whatever the order.
+    """
+    width, channels = images.shape[-2:]
+    # Whole pixel rows are summed first: rows of one to three channels would be ten times slower.
+    totals = np.zeros(width * channels, np.int64)
+    squared = np.zeros(width * channels, np.int64)
+    for start in range(0, len(images), _STATISTICS_CHUNK):
+        pixels = images[start : start + _STATISTICS_CHUNK].reshape(-1, width * channels)
+        totals += pixels.sum(axis=0, dtype=np.int64)
+        squared += np.square(pixels, dtype=np.uint16).sum(axis=0, dtype=np.int64)
+    total, squares = (sums.reshape(width, channels).sum(axis=0) for sums in (totals, squared))
+    count = images.size // channels
+    mean = total / count
+    variance = np.maximum(squares / count - np.square(mean), 0.0)
+    std = np.maximum(np.sqrt(variance), 1.0)
+    return (mean / 255).astype(np.float32), (std / 255).astype(np.float32)
+
+
+def _subset(split: Split, rows: np.ndarray) -> Split:
+    return dataclasses.replace(split, images=split.images[rows], labels=split.labels[rows])

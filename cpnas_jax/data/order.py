@@ -1,0 +1,102 @@
+"""The order of examples, as a pure function of (key, epoch, step): no iterator, no state.
+
+A resumed run therefore goes on with exactly the batches that an uninterrupted one would have seen,
+and the batches do not depend on how many devices share them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# The two uses of one key are told apart before the epoch is folded in.
+_PERMUTATION = 0
+_STEP = 1
+
+
+def epoch_permutation(key: jax.Array, epoch: int | jax.Array, n: int) -> jax.Array:
+    """Return the order of `n` examples in an epoch.
+
+    Args:
+        key: random key of the run.
+        epoch: int32[], may be traced.
+        n: number of examples, static.
+
+    Returns:
+        int32[n], a permutation of 0 .. n-1.
+    """
+    epoch_key = jax.random.fold_in(jax.random.fold_in(key, _PERMUTATION), epoch)
+    return jax.random.permutation(epoch_key, jnp.arange(n, dtype=jnp.int32))
+
+
+def step_key(
+    key: jax.Array, epoch: int | jax.Array, step: int | jax.Array, device: int | jax.Array
+) -> jax.Array:
+    """Return the key for one device's randomness in one step; independent of the permutation.
+
+    Args:
+        key: random key of the run.
+        epoch: int32[], may be traced.
+        step: int32[], step within the epoch, may be traced.
+        device: int32[], index over all devices of all processes, may be traced.
+    """
+    folded = jax.random.fold_in(key, _STEP)
+    for index in (epoch, step, device):
+        folded = jax.random.fold_in(folded, index)
+    return folded
+
+
+def batch_indices(
+    permutation: jax.Array,
+    step: int | jax.Array,
+    global_batch: int,
+    device_index: int | jax.Array,
+    per_device_batch: int,
+) -> jax.Array:
+    """Return the examples of one device in one step of an epoch.
+
+    An epoch has `n // global_batch` steps. The examples left over are other ones in every epoch.
+
+    Args:
+        permutation: int32[n], from `epoch_permutation`.
+        step: int32[], below `n // global_batch`, may be traced.
+        global_batch: examples a step over all devices, static, at most n.
+        device_index: int32[], index over all devices of all processes, may be traced.
+        per_device_batch: examples a device, static; times the devices it is `global_batch`.
+
+    Returns:
+        int32[per_device_batch].
+
+    Raises:
+        ValueError: the sizes do not fit each other.
+    """
+    if not 0 < global_batch <= permutation.shape[0]:
+        raise ValueError(f"global_batch {global_batch} of {permutation.shape[0]} examples")
+    if per_device_batch < 1 or global_batch % per_device_batch:
+        raise ValueError(f"per_device_batch {per_device_batch} of global_batch {global_batch}")
+    start = jnp.asarray(step, jnp.int32) * global_batch
+    start += jnp.asarray(device_index, jnp.int32) * per_device_batch
+    return lax.dynamic_slice_in_dim(permutation, start, per_device_batch)
+
+
+def scoring_indices(n: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return batches over a whole split in which every example counts exactly once.
+
+    The last batch is filled with other examples, from the start of the split, with mask 0. They are
+    real ones because scoring uses the batch's own statistics, which black images would distort.
+
+    Args:
+        n: number of examples, positive.
+        batch: examples a batch over all devices, positive.
+
+    Returns:
+        indices int32[steps, batch] and mask f32[steps, batch], 1 for the examples that count and
+        0 for the filling; steps = ceil(n / batch).
+
+    Raises:
+        ValueError: `n` or `batch` is not positive.
+    """
+    if n < 1 or batch < 1:
+        raise ValueError(f"n {n} and batch {batch} must be positive")
+    positions = np.arange(-(-n // batch) * batch).reshape(-1, batch)
+    return (positions % n).astype(np.int32), (positions < n).astype(np.float32)

@@ -1,0 +1,239 @@
+"""Prepared tfds directories: finding one, opening it, reading the records of a single split.
+
+Everything here works on files that are already there. The registered builder classes of tfds are
+never touched, because constructing one asks a bucket on the network for its metadata; a builder
+made from the directory alone does not. TensorFlow is not needed, so the files must be array_record.
+
+tfds takes half a second to import and is therefore imported inside the functions that use it.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from cpnas_jax.runtime.errors import UserError
+
+# Records fetched in one call: enough to amortise the call, few enough to keep the peak memory low.
+_READ_BATCH = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSet:
+    """A prepared data set whose metadata has been read and whose features suit classification.
+
+    Attributes:
+        directory: the version directory, `<data_dir>/<name>/<version>`.
+        builder: the read-only tfds builder over that directory.
+        image_key: name of the image feature.
+        label_key: name of the class label feature.
+        image_shape: (height, width, channels); None where the feature leaves an extent open.
+        class_names: one name a class, in the order of the labels.
+        splits: names of the stored splits.
+    """
+
+    directory: epath.Path
+    builder: Any
+    image_key: str
+    label_key: str
+    image_shape: tuple[int | None, int | None, int | None]
+    class_names: tuple[str, ...]
+    splits: tuple[str, ...]
+
+
+def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> epath.Path:
+    """Return `data_dir`, or tfds's own default where it is None or empty.
+
+    tfds reads TFDS_DATA_DIR once, at its import; here the variable is read at each call.
+    """
+    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return epath.Path(chosen).expanduser()
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def damaged(directory: os.PathLike[str], reason: str) -> UserError:
+    """Return the error for a data set directory whose files cannot be used as they are."""
+    return UserError(
+        f"the data set in {os.fspath(directory)} is damaged or incomplete ({reason}); "
+        "delete that directory and prepare the data set again"
+    )
+
+
+def open_prepared(name: str, data_dir: str | os.PathLike[str] | None) -> PreparedSet:
+    """Open the newest prepared version of a data set, reading nothing but its metadata.
+
+    Args:
+        name: name of the data set; `name/config` for a set with configurations.
+        data_dir: where tfds keeps prepared sets; None for its default.
+
+    Returns:
+        The opened set.
+
+    Raises:
+        UserError: the set is not prepared there, not as array_record, damaged, or has no image of
+            uint8 with a class label.
+    """
+    root = resolve_data_dir(data_dir)
+    directory = _newest_version(name, root)
+    if directory is None:
+        raise UserError(_not_prepared(name, root))
+    builder = _open_builder(name, root, directory)
+    image_key, label_key = _supervised_keys(name, builder)
+    image_shape = builder.info.features[image_key].shape
+    return PreparedSet(
+        directory=directory,
+        builder=builder,
+        image_key=image_key,
+        label_key=label_key,
+        image_shape=(image_shape[0], image_shape[1], image_shape[2]),
+        class_names=tuple(builder.info.features[label_key].names),
+        splits=tuple(sorted(builder.info.splits)),
+    )
+
+
+def read_examples(prepared: PreparedSet, split: str) -> tuple[list[bytes], list[int]]:
+    """Read the encoded images and the labels of one split; no other split's file is opened.
+
+    Args:
+        prepared: the opened set.
+        split: name of the split.
+
+    Returns:
+        The encoded images and the class labels, in stored order.
+
+    Raises:
+        UserError: no such split, an empty one, unlabelled examples, or damaged files.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    if split not in prepared.splits:
+        raise UserError(
+            f"the data set in {prepared.directory} has no split {split!r}; "
+            f"it has {', '.join(prepared.splits)}"
+        )
+    images: list[bytes] = []
+    labels: list[int] = []
+    try:
+        source = prepared.builder.as_data_source(
+            split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+        for start in range(0, len(source), _READ_BATCH):
+            keys = list(range(start, min(start + _READ_BATCH, len(source))))
+            for record in source.__getitems__(keys):
+                feature = tf_example_pb2.Example.FromString(record).features.feature
+                images.append(feature[prepared.image_key].bytes_list.value[0])
+                labels.append(feature[prepared.label_key].int64_list.value[0])
+    # array_record, protobuf and tfds each have their own ways of failing on a broken file.
+    except Exception as error:
+        raise damaged(prepared.directory, one_line(error)) from error
+    if not images:
+        raise damaged(prepared.directory, f"split {split!r} holds no example")
+    if min(labels) < 0 or max(labels) >= len(prepared.class_names):
+        raise UserError(
+            f"split {split!r} in {prepared.directory} has labels outside 0.."
+            f"{len(prepared.class_names) - 1}: it is unlabelled and cannot be used"
+        )
+    return images, labels
+
+
+def _newest_version(name: str, root: epath.Path) -> epath.Path | None:
+    """Return the directory of the highest version of `name` under `root`, None if there is none."""
+    import tensorflow_datasets as tfds
+
+    versions = []
+    for entry in _entries(root / name):
+        if tfds.core.Version.is_valid(entry.name) and entry.is_dir():
+            versions.append((tfds.core.Version(entry.name), entry))
+    return max(versions, key=lambda pair: pair[0])[1] if versions else None
+
+
+def _entries(directory: epath.Path) -> Sequence[epath.Path]:
+    """Return the entries of a directory, none where it does not exist or cannot be read."""
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
+
+
+def _not_prepared(name: str, root: epath.Path) -> str:
+    """Return what to tell a user whose data set was not found, with the command that makes it."""
+    present = [
+        entry.name
+        for entry in _entries(root)
+        if any(child.is_dir() and child.name[:1].isdigit() for child in _entries(entry))
+    ]
+    there = f"prepared there: {', '.join(present)}" if present else "nothing is prepared there"
+    configs = [
+        entry.name
+        for entry in _entries(root / name)
+        if entry.is_dir() and not entry.name.startswith("incomplete.")
+    ]
+    if configs:
+        there = f"its configurations there: {', '.join(f'{name}/{config}' for config in configs)}"
+    return (
+        f"dataset.name={name} is not prepared under {root} ({there}); to prepare it: "
+        f'pip install "cpnas_jax[prepare]" && {_build_command(name, root)}; '
+        "for another place set dataset.data_dir or TFDS_DATA_DIR"
+    )
+
+
+def _build_command(name: str, root: epath.Path) -> str:
+    return f"tfds build {name} --data_dir={root} --file_format=array_record"
+
+
+def _open_builder(name: str, root: epath.Path, directory: epath.Path) -> Any:
+    """Return the read-only builder of a version directory that holds array_record files."""
+    import tensorflow_datasets as tfds
+
+    wanted = tfds.core.FileFormat.ARRAY_RECORD
+    try:
+        builder = tfds.builder_from_directory(os.fspath(directory))
+        stored = builder.info.available_file_formats()
+        if wanted in stored and builder.info.file_format != wanted:
+            builder = tfds.builder_from_directory(
+                os.fspath(directory), file_format=wanted.file_suffix
+            )
+    except Exception as error:
+        raise damaged(directory, one_line(error)) from error
+    if wanted not in stored:
+        formats = ", ".join(sorted(file_format.value for file_format in stored)) or "no format"
+        raise UserError(
+            f"{directory} holds {formats}, and array_record is needed; to prepare it again: "
+            f'pip install "cpnas_jax[prepare]" && {_build_command(name, root)} --overwrite'
+        )
+    return builder
+
+
+def _supervised_keys(name: str, builder: Any) -> tuple[str, str]:
+    """Return the names of the image and of the label feature.
+
+    The set's own supervised keys decide; `image` and `label` where it has none. CIFAR-100 has two
+    label features, and its supervised keys name the one with 100 classes.
+    """
+    import numpy as np
+    import tensorflow_datasets as tfds
+
+    keys = builder.info.supervised_keys
+    if not (isinstance(keys, tuple) and len(keys) == 2 and all(isinstance(k, str) for k in keys)):
+        keys = ("image", "label")
+    stored = builder.info.features
+    features = dict(stored.items()) if isinstance(stored, tfds.features.FeaturesDict) else {}
+    image, label = (features.get(key) for key in keys)
+    if (
+        not isinstance(image, tfds.features.Image)
+        or not isinstance(label, tfds.features.ClassLabel)
+        or image.np_dtype != np.uint8
+    ):
+        raise UserError(
+            f"dataset.name={name} is no image classification set: "
+            f"{keys[0]!r} must be an image of uint8 and {keys[1]!r} a class label"
+        )
+    return keys[0], keys[1]

@@ -1,0 +1,359 @@
+"""Figures of a search for people: its cells and its accuracies, as PNG and SVG files.
+
+Only matplotlib's figure objects are used, never pyplot, so that nothing here needs a display.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import matplotlib
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path
+
+from cpnas_jax.architecture.atomic import write_atomically
+from cpnas_jax.architecture.events import SampleEvent, parse_line
+from cpnas_jax.architecture.genotype import Edge, Genotype
+from cpnas_jax.models.space import CELL_TYPES, NUM_INPUTS, NUM_NODES, OPERATIONS
+from cpnas_jax.runtime.errors import UserError
+
+_TIMES = "\N{MULTIPLICATION SIGN}"
+
+SHORT_NAMES = {
+    "none": "none",
+    "max_pool_3x3": f"max 3{_TIMES}3",
+    "avg_pool_3x3": f"avg 3{_TIMES}3",
+    "skip_connect": "skip",
+    "sep_conv_3x3": f"sep 3{_TIMES}3",
+    "sep_conv_5x5": f"sep 5{_TIMES}5",
+    "dil_conv_3x3": f"dil 3{_TIMES}3",
+    "dil_conv_5x5": f"dil 5{_TIMES}5",
+}
+"""Labels of the edges in a figure."""
+
+NODE_NAMES = ("c_{k-2}", "c_{k-1}", "0", "1", "2", "3")
+"""Names of a cell's nodes, as the literature writes them."""
+
+_TITLES = {"normal": "Normal cell", "reduce": "Reduction cell"}
+# Okabe and Ito's colours, which differ for colour-blind readers too.
+_COLOURS = {"convolution": "#0072B2", "pooling": "#D55E00", "skip": "#009E73", "none": "#9A9A9A"}
+_INK, _PALE = "#333333", "#C4C4C4"
+_CHILD, _PARENT = "#0072B2", "#E69F00"
+_SVG_OPTIONS = {"svg.hashsalt": "cpnas_jax", "svg.fonttype": "none"}
+# matplotlib takes the options above from global state only.
+_LOCK = threading.Lock()
+
+# Geometry of a cell, in inches. Nodes stand on one line; an edge is an arc whose top is over the
+# middle of its ends, at a height that grows with its span. No two arcs of a side share both middle
+# and span, so labels at or near the tops do not overlap.
+_STEP = 1.72
+_NODE_WIDTH, _NODE_HEIGHT = 0.92, 0.42
+_LEVEL = 0.52
+_FIRST_LEVEL = 0.28
+_MARGIN = 0.3
+
+
+def kind(operation: str) -> str:
+    """Tell what an operation is: `convolution`, `pooling`, `skip` or `none`."""
+    if "conv" in operation:
+        return "convolution"
+    return {"skip_connect": "skip", "none": "none"}.get(operation, "pooling")
+
+
+def draw_cells(genotype: Genotype, directory: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """Draw both cells of a genotype.
+
+    In the SVG every edge is a group with the id `<cell>-<source>-<target>-<operation>`.
+
+    Args:
+        genotype: what to draw.
+        directory: where `cells.png` and `cells.svg` are written.
+
+    Returns:
+        The two paths.
+    """
+    return _save(cells_figure(genotype), directory, "cells")
+
+
+def cells_figure(genotype: Genotype) -> Figure:
+    """Make the figure that `draw_cells` writes."""
+    heights = [_extent(edges) for _, edges in genotype.cells()]
+    width = _STEP * NUM_NODES + _NODE_WIDTH + 2 * _MARGIN
+    title, legend = 0.42, 0.5
+    total = sum(above + below + title for above, below in heights) + legend
+    figure = Figure(figsize=(width, total), facecolor="white")
+    top = total
+    for (cell, edges), (above, below) in zip(genotype.cells(), heights, strict=True):
+        top -= above + below + title
+        axes = figure.add_axes((0, top / total, 1, (above + below + title) / total))
+        axes.set_xlim(-_NODE_WIDTH / 2 - _MARGIN, width - _NODE_WIDTH / 2 - _MARGIN)
+        axes.set_ylim(-below, above + title)
+        axes.set_axis_off()
+        axes.text(
+            *(-_NODE_WIDTH / 2, above + title * 0.3),
+            _TITLES[cell],
+            fontsize=14,
+            fontweight="bold",
+            color=_INK,
+        )
+        axes.text(
+            *(_STEP * NUM_NODES + _NODE_WIDTH / 2, above + title * 0.3),
+            f"{len(edges)} edges",
+            ha="right",
+            fontsize=10,
+            color="#777777",
+        )
+        _draw_cell(axes, cell, edges, below)
+    present = {kind(edge.operation) for _, edges in genotype.cells() for edge in edges}
+    handles = [
+        Line2D([], [], color=colour, lw=2, ls=_line_style(name), label=name)
+        for name, colour in _COLOURS.items()
+        if name in present
+    ]
+    handles.append(Line2D([], [], color=_PALE, lw=1.4, label="concatenation"))
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.06 / total),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=10,
+        labelcolor=_INK,
+    )
+    return figure
+
+
+def draw_accuracies(
+    history_lines: Iterable[Mapping[str, Any]], directory: str | os.PathLike[str]
+) -> list[pathlib.Path]:
+    """Draw A_C and A_P over the sampled epochs of a search, with the stages' boundaries.
+
+    Args:
+        history_lines: the lines of history.jsonl as objects, of a finished search or not.
+        directory: where `accuracies.png` and `accuracies.svg` are written.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        UserError: if a line is damaged or there is no sampled epoch.
+    """
+    samples = []
+    for number, line in enumerate(history_lines, start=1):
+        try:
+            event = parse_line(line)
+        except ValueError as error:
+            raise UserError(f"history.jsonl, line {number}: {error}") from error
+        if isinstance(event, SampleEvent):
+            samples.append(event)
+    if not samples:
+        raise UserError("history.jsonl has no sampled epoch; it must have at least one")
+    figure = Figure(figsize=(10, 4.2), facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    epochs = range(1, len(samples) + 1)
+    for values, colour, name in (
+        ([100 * event.parent_accuracy for event in samples], _PARENT, "parent (float), $A_P$"),
+        ([100 * event.child_accuracy for event in samples], _CHILD, "child (1-bit), $A_C$"),
+    ):
+        marker = "o" if len(samples) <= 150 else ""
+        axes.plot(epochs, values, color=colour, lw=1.6, marker=marker, ms=3, label=name)
+    _mark_stages(axes, [event.stage for event in samples])
+    axes.set_xlim(0.5, len(samples) + 0.5)
+    axes.set_xlabel("sampled epoch")
+    axes.set_ylabel("validation accuracy, %")
+    axes.grid(axis="y", color="#E6E6E6", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return _save(figure, directory, "accuracies")
+
+
+def cell_tables(genotype: Genotype) -> str:
+    """List both cells and their operation counts as plain text for a terminal.
+
+    Returns:
+        Lines without a final line end.
+    """
+    lines = [f"edge policy: {genotype.edge_policy}"]
+    for cell, edges in genotype.cells():
+        lines += ["", f"{_TITLES[cell].lower()}:"]
+        for target in range(NUM_INPUTS, NUM_NODES):
+            incoming = [edge for edge in edges if edge.target == target]
+            parts = [f"{edge.operation}({_table_name(edge.source)})" for edge in incoming]
+            for start in range(0, len(parts), 3):
+                head = f"  node {NODE_NAMES[target]} =" if start == 0 else " " * 10
+                tail = " +" if start + 3 < len(parts) else ""
+                lines.append(f"{head} {' + '.join(parts[start : start + 3])}{tail}")
+    counts = genotype.operation_counts()
+    lines += ["", f"{'operation':<14}{''.join(f'{cell:>8}' for cell in CELL_TYPES)}"]
+    for operation in OPERATIONS:
+        row = [counts[cell][operation] for cell in CELL_TYPES]
+        if any(row):
+            lines.append(f"{operation:<14}{''.join(f'{count:>8}' for count in row)}")
+    return "\n".join(lines)
+
+
+def _table_name(node: int) -> str:
+    return NODE_NAMES[node] if node < NUM_INPUTS else f"node {NODE_NAMES[node]}"
+
+
+def _is_above(edge: Edge) -> bool:
+    """Edges from a cell's inputs go over the line of nodes, inner ones under it."""
+    return edge.source < NUM_INPUTS
+
+
+def _height(edge: Edge) -> float:
+    return _NODE_HEIGHT / 2 + _FIRST_LEVEL + _LEVEL * (edge.target - edge.source - 1)
+
+
+def _extent(edges: tuple[Edge, ...]) -> tuple[float, float]:
+    """Give the room a cell needs above and below its nodes."""
+    above = [_height(edge) for edge in edges if _is_above(edge)]
+    below = [_height(edge) for edge in edges if not _is_above(edge)]
+    return max(above, default=0.4) + 0.3, max(below, default=0.3) + 0.55
+
+
+def _line_style(name: str) -> Any:
+    return (0, (3, 2)) if name == "none" else "-"
+
+
+def _draw_cell(axes: Axes, cell: str, edges: tuple[Edge, ...], below: float) -> None:
+    bus = -below + 0.22
+    output = _STEP * NUM_NODES
+    for node in range(NUM_INPUTS, NUM_NODES):
+        # Not from the middle, where a single arrow would come in on top of it.
+        drop = _STEP * node + _NODE_WIDTH * 0.42
+        axes.plot([drop] * 2, [-_NODE_HEIGHT / 2, bus], color=_PALE, lw=1.4, zorder=1)
+    left = _STEP * NUM_INPUTS + _NODE_WIDTH * 0.42
+    axes.plot([left, output], [bus, bus], color=_PALE, lw=1.4, zorder=1)
+    arrow = Path([(output, bus), (output, -_NODE_HEIGHT / 2)])
+    _add_arrow(axes, arrow, _PALE, "-", zorder=1)
+    # Long arcs first, so that the labels of the short ones are never crossed by them.
+    for edge in sorted(edges, key=lambda edge: edge.source - edge.target):
+        _draw_edge(axes, cell, edge, edges)
+    for node, name in enumerate((*NODE_NAMES, "output")):
+        _draw_node(axes, _STEP * node, name, is_inner=NUM_INPUTS <= node < NUM_NODES)
+
+
+def _port(edge: Edge, edges: tuple[Edge, ...], node: int) -> float:
+    """Give the x at which an edge meets a node: arcs of a node are nested, they do not cross."""
+    meeting = [
+        other
+        for other in edges
+        if node in (other.source, other.target) and _is_above(other) == _is_above(edge)
+    ]
+
+    def order(other: Edge) -> tuple[bool, int]:
+        # From the left: arriving arcs, the shortest first; then leaving ones, the longest first.
+        leaves = other.source == node
+        span = other.target - other.source
+        return leaves, -span if leaves else span
+
+    meeting.sort(key=order)
+    width = _NODE_WIDTH * 0.72
+    gap = min(0.17, width / max(len(meeting) - 1, 1))
+    return _STEP * node + (meeting.index(edge) - (len(meeting) - 1) / 2) * gap
+
+
+def _draw_edge(axes: Axes, cell: str, edge: Edge, edges: tuple[Edge, ...]) -> None:
+    side = 1 if _is_above(edge) else -1
+    start, end = _port(edge, edges, edge.source), _port(edge, edges, edge.target)
+    foot, top = side * _NODE_HEIGHT / 2, side * _height(edge)
+    # The curve's top is at 3/4 of the way to its control points.
+    control = foot + (top - foot) * 4 / 3
+    path = Path(
+        [(start, foot), (start, control), (end, control), (end, foot)],
+        [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4],
+    )
+    # Labels of edges from c_{k-2} stand before the top, clear of the arcs that rise from c_{k-1}.
+    t = 0.37 if edge.source == 0 else 0.5
+    label = (start + (end - start) * t**2 * (3 - 2 * t), foot + (top - foot) * 4 * t * (1 - t))
+    name = kind(edge.operation)
+    patch = _add_arrow(axes, path, _COLOURS[name], _line_style(name), zorder=2)
+    patch.set_gid(f"{cell}-{edge.source}-{edge.target}-{edge.operation}")
+    axes.text(
+        *label,
+        SHORT_NAMES[edge.operation],
+        ha="center",
+        va="center",
+        fontsize=9.5,
+        color=_COLOURS[name] if name != "none" else "#6E6E6E",
+        bbox={"boxstyle": "round,pad=0.16", "fc": "white", "ec": "none"},
+        zorder=4,
+    )
+
+
+def _add_arrow(axes: Axes, path: Path, colour: str, style: Any, zorder: int) -> FancyArrowPatch:
+    patch = FancyArrowPatch(
+        path=path,
+        arrowstyle="-|>,head_length=5,head_width=2.4",
+        color=colour,
+        lw=1.6 if zorder > 1 else 1.4,
+        ls=style,
+        shrinkA=0,
+        shrinkB=0,
+        zorder=zorder,
+    )
+    axes.add_patch(patch)
+    return patch
+
+
+def _draw_node(axes: Axes, x: float, name: str, *, is_inner: bool) -> None:
+    width, height = _NODE_WIDTH, _NODE_HEIGHT
+    box = FancyBboxPatch(
+        (x - width / 2, -height / 2),
+        width,
+        height,
+        boxstyle="round,pad=0,rounding_size=0.1",
+        fc="#EAF2F8" if is_inner else "#F3F3F3",
+        ec=_INK,
+        lw=1.1,
+        zorder=3,
+    )
+    axes.add_patch(box)
+    text = f"${name}$" if "_" in name else name
+    axes.text(x, 0, text, ha="center", va="center", fontsize=12, color=_INK, zorder=5)
+
+
+def _mark_stages(axes: Axes, stages: list[int]) -> None:
+    """Draw a line between stages and name each by its K."""
+    starts = [n for n, stage in enumerate(stages) if n == 0 or stages[n - 1] != stage]
+    for start, end in zip(starts, [*starts[1:], len(stages)], strict=True):
+        if start:
+            axes.axvline(start + 0.5, color="#BBBBBB", lw=0.9, ls=(0, (4, 3)), zorder=0)
+        axes.text(
+            *((start + end + 1) / 2, 1.01),
+            f"K = {stages[start]}",
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color="#777777",
+        )
+
+
+@contextlib.contextmanager
+def _svg_options() -> Iterator[None]:
+    with _LOCK, matplotlib.rc_context(_SVG_OPTIONS):  # type: ignore[arg-type]
+        yield
+
+
+def _save(figure: Figure, directory: str | os.PathLike[str], name: str) -> list[pathlib.Path]:
+    """Write a figure as PNG and SVG; the bytes of the SVG depend on the figure only."""
+    paths = []
+    for extension, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
+        buffer = io.BytesIO()
+        with _svg_options():
+            figure.savefig(buffer, format=extension, **options)
+        path = epath.Path(directory) / f"{name}.{extension}"
+        write_atomically(path, buffer.getvalue())
+        paths.append(path)
+    return paths

@@ -1,0 +1,1 @@
+"""Binarization primitives, candidate operations and the supernet: pure functions, no config."""

@@ -1,0 +1,30 @@
+"""The search space: a cell's operations and edges (CP-NAS section 4.3; names are those of DARTS)."""
+
+OPERATIONS = (
+    "none",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)
+"""The K = 8 candidate operations of an edge; their positions are the architecture's integers."""
+
+CELL_TYPES = ("normal", "reduce")
+"""Order of the two cell types in the leading axis of an architecture."""
+
+NUM_INPUTS = 2
+"""Nodes 0 and 1 are the outputs of the two previous cells."""
+
+NUM_NODES = 6
+"""Input nodes plus four intermediate nodes."""
+
+EDGES = tuple(
+    (source, target) for target in range(NUM_INPUTS, NUM_NODES) for source in range(target)
+)
+"""The 14 (source, target) pairs, ordered by target node, then source."""
+
+NUM_EDGES = len(EDGES)
+NUM_OPERATIONS = len(OPERATIONS)

@@ -1,0 +1,1 @@
+"""What every phase shares: devices, checkpoints, logs and errors."""

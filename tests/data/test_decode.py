@@ -1,0 +1,96 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cpnas_jax.data import decode
+
+
+def pixels(*shape):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(array, file_format="PNG", mode=None, **options):
+    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    file = io.BytesIO()
+    (image.convert(mode) if mode else image).save(file, file_format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("declared", [True, False])
+def test_png_is_exact(channels, declared):
+    array = pixels(3, 20, 24, channels)
+    shape = (20, 24, channels) if declared else (None, None, channels)
+    decoded = decode.decode_images([save(a) for a in array], shape, None)
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, array)
+
+
+def test_png_of_several_data_chunks():
+    array = pixels(200, 200, 3)  # noise, so that the pixels exceed a chunk of 64 KiB
+    encoded = save(array)
+    assert encoded.count(b"IDAT") > 1
+    np.testing.assert_array_equal(decode.decode_images([encoded], (200, 200, 3), None)[0], array)
+
+
+@pytest.mark.parametrize(
+    ("declared", "options"),
+    [
+        ((32, 32, 3), {"file_format": "JPEG"}),
+        ((32, 32, 3), {"file_format": "JPEG", "progressive": True}),
+        ((32, 32, 3), {"file_format": "JPEG", "mode": "L"}),
+        ((32, 32, 3), {"file_format": "JPEG", "mode": "CMYK"}),
+        ((32, 32, 1), {"file_format": "JPEG", "mode": "L"}),
+        ((32, 32, 3), {"mode": "P"}),
+        ((32, 32, 3), {"mode": "L"}),
+        ((32, 32, 3), {"mode": "RGBA"}),
+        ((32, 32, 3), {"file_format": "BMP"}),
+    ],
+)
+def test_fast_path_agrees_with_pillow(declared, options):
+    encoded = save(pixels(32, 32, 3), **options)
+    with Image.open(io.BytesIO(encoded)) as image:
+        expected = np.asarray(image.convert("L" if declared[2] == 1 else "RGB"))
+    decoded = decode.decode_images([encoded], declared, None)[0]
+    np.testing.assert_array_equal(decoded, expected.reshape(declared))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+@pytest.mark.parametrize("size", [(40, 32), (32, 40), (24, 24), (64, 16)])
+def test_an_image_of_another_size_than_declared_is_never_misread(file_format, size):
+    images = [save(pixels(32, 32, 3), file_format), save(pixels(*size, 3), file_format)]
+    with pytest.raises(decode.ImageSizesDiffer, match="32, 32"):
+        decode.decode_images(images, (32, 32, 3), None)
+
+
+@pytest.mark.parametrize("encoded", [b"", b"neither", save(pixels(32, 32, 3), "JPEG")[:500]])
+def test_broken_image(encoded):
+    with pytest.raises((OSError, ValueError)):
+        decode.decode_images([encoded], (32, 32, 3), None)
+
+
+def test_resizing_by_a_divisor_is_the_mean_over_blocks():
+    array = pixels(5, 32, 32, 3)
+    resized = decode.decode_images([save(a) for a in array], (32, 32, 3), 8)
+    means = array.reshape(5, 8, 4, 8, 4, 3).mean(axis=(2, 4))
+    assert resized.shape == (5, 8, 8, 3)
+    np.testing.assert_allclose(resized, means, atol=1)
+
+
+def test_resizing_takes_the_central_square_and_is_antialiased():
+    array = np.zeros((1, 28, 40, 1), np.uint8)
+    array[:, :, 6:34] = 200  # the central square
+    array[:, ::2] //= 2  # stripes that only an antialiased filter averages
+    resized = decode.decode_images([save(a) for a in array], (None, None, 1), 16)
+    assert resized.shape == (1, 16, 16, 1)
+    np.testing.assert_allclose(resized[:, 1:-1], 150, atol=20)
+
+
+def test_images_of_several_sizes_need_a_size():
+    images = [save(pixels(20, 30, 3)), save(pixels(40, 24, 3))]
+    with pytest.raises(decode.ImageSizesDiffer):
+        decode.decode_images(images, (None, None, 3), None)
+    assert decode.decode_images(images, (None, None, 3), 16).shape == (2, 16, 16, 3)

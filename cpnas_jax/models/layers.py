@@ -97,16 +97,22 @@ def _taps(
 
 
 def _weighted_sum(windows: list[jax.Array], kernel: jax.Array) -> jax.Array:
-    weights = kernel.reshape(len(windows), 1, 1, 1, kernel.shape[-1])
-    return functools.reduce(
-        jnp.add, (window * weight for window, weight in zip(windows, weights, strict=True))
+    weights = lax.reshape(kernel, (len(windows), kernel.shape[-1]))
+    shape = windows[0].shape
+    # Plain lax operations: the jnp ones trace several times slower, and there are k * k of them.
+    products = (
+        lax.mul(window, lax.broadcast_in_dim(lax.index_in_dim(weights, i, 0, False), shape, (3,)))
+        for i, window in enumerate(windows)
     )
+    return functools.reduce(lax.add, products)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _shifted_depthwise(
     x: jax.Array, kernel: jax.Array, pad_value: jax.Array, stride: int, dilation: int
 ) -> jax.Array:
+    # Jitted, like the gradient below, so that each shape is traced once in a whole network.
     k = kernel.shape[0]
     out = (math.ceil(x.shape[1] / stride), math.ceil(x.shape[2] / stride))
     padded = _pad_image(x, dilation * (k // 2), pad_value)
@@ -127,6 +133,21 @@ def _shifted_depthwise_backward(
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel, pad_value = residuals
+    x_gradient, kernel_gradient = _depthwise_gradients(
+        x, kernel, pad_value, cotangent, stride, dilation
+    )
+    return x_gradient, kernel_gradient, jnp.zeros_like(pad_value)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _depthwise_gradients(
+    x: jax.Array,
+    kernel: jax.Array,
+    pad_value: jax.Array,
+    cotangent: jax.Array,
+    stride: int,
+    dilation: int,
+) -> tuple[jax.Array, jax.Array]:
     k, c = kernel.shape[0], kernel.shape[-1]
     pad = dilation * (k // 2)
     height, width = x.shape[1:3]
@@ -135,14 +156,14 @@ def _shifted_depthwise_backward(
     # The kernel's gradient is one reduction over all taps at once: the products are read once
     # instead of k * k times.
     windows = _taps(_pad_image(x, pad, pad_value), k, stride, dilation, out)
-    zero = jnp.zeros((), x.dtype)
+    zero = np.zeros((), x.dtype)
     sums = lax.reduce(
-        tuple(window * cotangent for window in windows),
+        tuple(lax.mul(window, cotangent) for window in windows),
         (zero,) * len(windows),
-        lambda a, b: tuple(left + right for left, right in zip(a, b, strict=True)),
+        lambda a, b: tuple(map(lax.add, a, b)),
         (0, 1, 2),
     )
-    kernel_gradient = jnp.stack(sums).reshape(k, k, c)
+    kernel_gradient = lax.reshape(lax.concatenate(sums, 0), (k, k, c))
 
     # The image's gradient is the same shifted sum with the taps reversed, over the cotangent
     # spread out by the stride.
@@ -158,8 +179,10 @@ def _shifted_depthwise_backward(
             (0, 0, 0),
         ),
     )
-    x_gradient = _weighted_sum(_taps(spread, k, 1, dilation, (height, width)), kernel[::-1, ::-1])
-    return x_gradient, kernel_gradient, zero
+    x_gradient = _weighted_sum(
+        _taps(spread, k, 1, dilation, (height, width)), lax.rev(kernel, (0, 1))
+    )
+    return x_gradient, kernel_gradient
 
 
 _shifted_depthwise.defvjp(_shifted_depthwise_forward, _shifted_depthwise_backward)
@@ -250,18 +273,18 @@ def _spread(x: jax.Array, axis: int, stride: int, size: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _max_along(x: jax.Array, axis: int, stride: int) -> jax.Array:
     """Maximum of three neighbours along one axis; columns, then rows give the 3x3 maximum."""
     left, centre, right = _neighbours(x, axis, stride, -jnp.inf)
     return jnp.maximum(jnp.maximum(left, centre), right)
 
 
-def _max_along_forward(
-    x: jax.Array, axis: int, stride: int
-) -> tuple[jax.Array, jax.Array]:
+def _max_along_forward(x: jax.Array, axis: int, stride: int) -> tuple[jax.Array, jax.Array]:
     return _max_along(x, axis, stride), x
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _max_along_backward(
     axis: int, stride: int, x: jax.Array, cotangent: jax.Array
 ) -> tuple[jax.Array]:
@@ -333,6 +356,7 @@ def _pool_sum_backward(
 _pool_sum.defvjp(_pool_sum_forward, _pool_sum_backward)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def normalize(x: jax.Array, epsilon: float = BATCH_NORM_EPSILON) -> jax.Array:
     """Batch normalisation by the batch's own moments over N, H, W, without affine parameters.
 

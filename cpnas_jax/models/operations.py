@@ -10,7 +10,7 @@ parent  ReLU -> depthwise -> 1x1 -> BN
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -51,21 +51,15 @@ class OperationSettings:
             raise ValueError(f"separable_repeats is {self.separable_repeats!r}; offered are 1, 2")
 
 
-def choose(
-    binary: Binary,
-    child: Callable[[jax.Array], jax.Array],
-    parent: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
-) -> jax.Array:
-    """Apply one of two functions; only that one is computed, at trace time if `binary` is static."""
-    if isinstance(binary, bool):
-        return child(x) if binary else parent(x)
-    return lax.cond(binary, child, parent, x)
-
-
 def _activate(x: jax.Array, binary: Binary, binarizer: Binarizer) -> jax.Array:
     if isinstance(binary, bool):
         return binarize_activations(x, binarizer) if binary else jax.nn.relu(x)
+    return _selected_activation(x, binary, binarizer)
+
+
+# The jitted helpers below are traced once for each shape, not once for each place of use.
+@functools.partial(jax.jit, static_argnums=2)
+def _selected_activation(x: jax.Array, binary: jax.Array, binarizer: Binarizer) -> jax.Array:
     # Both are elementwise and fuse into one pass; a `cond` would cost a copy.
     return jnp.where(binary, binarize_activations(x, binarizer), jax.nn.relu(x))
 
@@ -74,12 +68,34 @@ def _effective_kernel(
     kernel: jax.Array, binary: Binary, binarizer: Binarizer
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel a convolution sees and the factor of its output, shape [1] or [channels]."""
-    if isinstance(binary, bool) and not binary:
-        return kernel, jnp.ones((1,), kernel.dtype)
+    if not isinstance(binary, bool):
+        return _selected_kernel(kernel, binary, binarizer)
+    if binary:
+        return binarize_weights(kernel, binarizer)
+    return kernel, jnp.ones((1,), kernel.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _selected_kernel(
+    kernel: jax.Array, binary: jax.Array, binarizer: Binarizer
+) -> tuple[jax.Array, jax.Array]:
     signs, scale = binarize_weights(kernel, binarizer)
-    if isinstance(binary, bool):
-        return signs, scale
     return jnp.where(binary, signs, kernel), jnp.where(binary, scale, jnp.ones_like(scale))
+
+
+def _between_convolutions(x: jax.Array, binary: Binary, binarizer: Binarizer) -> jax.Array:
+    """BN and sign in the child, nothing in the parent; only the one asked for is computed."""
+    if not isinstance(binary, bool):
+        return _selected_between(x, binary, binarizer)
+    return binarize_activations(layers.normalize(x), binarizer) if binary else x
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _selected_between(x: jax.Array, binary: jax.Array, binarizer: Binarizer) -> jax.Array:
+    def child(x: jax.Array) -> jax.Array:
+        return binarize_activations(layers.normalize(x), binarizer)
+
+    return lax.cond(binary, child, lambda x: x, x)
 
 
 def _pad_value(binary: Binary, binarizer: Binarizer) -> jax.Array | float:
@@ -163,12 +179,7 @@ class SeparableUnit(nn.Module):
         y = Depthwise(
             self.kernel_size, self.stride, self.dilation, self.settings, name="depthwise"
         )(_activate(x, binary, binarizer), binary)
-        y = choose(
-            binary,
-            lambda y: binarize_activations(layers.normalize(y), binarizer),
-            lambda y: y,
-            y,
-        )
+        y = _between_convolutions(y, binary, binarizer)
         y = Pointwise(x.shape[-1], 1, self.settings, name="pointwise")(y, binary)
         return layers.normalize(y)
 
@@ -218,9 +229,7 @@ class Pool(nn.Module):
         """f[N, H, W, C] to f[N, H', W', C]."""
         del binary
         pool = layers.max_pool if self.kind == "max" else layers.avg_pool
-        return layers.normalize(
-            pool(x, stride=self.stride, formulation=self.settings.formulation)
-        )
+        return layers.normalize(pool(x, stride=self.stride, formulation=self.settings.formulation))
 
 
 class Identity(nn.Module):
@@ -289,14 +298,10 @@ class Preprocess(nn.Module):
         if self.reduce:
             return FactorizedReduce(self.channels, self.settings, name="reduce")(x, binary)
         x = _activate(x, binary, self.settings.binarizer)
-        return layers.normalize(
-            Pointwise(self.channels, 1, self.settings, name="conv")(x, binary)
-        )
+        return layers.normalize(Pointwise(self.channels, 1, self.settings, name="conv")(x, binary))
 
 
-def make_operation(
-    name: str, channels: int, stride: int, settings: OperationSettings
-) -> nn.Module:
+def make_operation(name: str, channels: int, stride: int, settings: OperationSettings) -> nn.Module:
     """Return the module of a candidate operation.
 
     Args:

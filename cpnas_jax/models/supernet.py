@@ -179,9 +179,7 @@ def _edge_params(
     key: jax.Array, group: EdgeGroup, channels: int, settings: OperationSettings
 ) -> Params:
     params = {}
-    for operation_key, name in zip(
-        jax.random.split(key, len(OPERATIONS)), OPERATIONS, strict=True
-    ):
+    for operation_key, name in zip(jax.random.split(key, len(OPERATIONS)), OPERATIONS, strict=True):
         module = make_operation(name, channels, group.stride, settings)
         edge_keys = jax.random.split(operation_key, len(group.edges))
         params[name] = jax.vmap(lambda k, module=module: _module_params(module, k, channels))(
@@ -254,7 +252,7 @@ def _run_cell(
         group = EDGE_GROUPS[shape.kind][name]
         scan = EdgeScan(group, EdgeKind(shape.channels, group.stride, settings, static))
         chosen = choices[jnp.asarray(group.edges)]
-        return _jitted_scan(scan, edges[name], sources, nodes, chosen, flag)
+        return _scan_edges(scan, edges[name], sources, nodes, chosen, flag)
 
     stacked = jnp.stack(inputs)
     n, height, width, c = stacked.shape[1:]
@@ -353,8 +351,7 @@ def _scanned(group: EdgeGroup, choices: jax.Array, params: Params) -> tuple[Any,
     return sources, targets, choices, params
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan_edges(
+def _run_edges(
     scan: EdgeScan,
     params: Params,
     inputs: jax.Array | None,
@@ -392,7 +389,7 @@ def _scan_edges_forward(
     choices: jax.Array,
     flag: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    nodes = _scan_edges(scan, params, inputs, nodes, choices, flag)
+    nodes = _run_edges(scan, params, inputs, nodes, choices, flag)
     return nodes, (params, inputs, None if inputs is not None else nodes, choices, flag)
 
 
@@ -400,9 +397,7 @@ def _scan_edges_backward(scan: EdgeScan, residuals: Any, cotangent: jax.Array) -
     params, inputs, nodes, choices, flag = residuals
     read = nodes if inputs is None else inputs
 
-    def step(
-        read_cotangents: jax.Array, edge: tuple[Any, ...]
-    ) -> tuple[jax.Array, Params]:
+    def step(read_cotangents: jax.Array, edge: tuple[Any, ...]) -> tuple[jax.Array, Params]:
         source, target, choice, edge_params = edge
         upstream = read_cotangents if inputs is None else cotangent
         gradient, total = lax.switch(
@@ -429,5 +424,5 @@ def _scan_edges_backward(scan: EdgeScan, residuals: Any, cotangent: jax.Array) -
     return gradients, read_cotangents, cotangent, None, None
 
 
+_scan_edges = jax.custom_vjp(_run_edges, nondiff_argnums=(0,))
 _scan_edges.defvjp(_scan_edges_forward, _scan_edges_backward)
-_jitted_scan = jax.jit(_scan_edges, static_argnums=0)

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from etils import epath
 
-from cpnas_jax.architecture.atomic import write_atomically
 from cpnas_jax.models.space import (
     CELL_TYPES,
     EDGES,
@@ -19,6 +18,7 @@ from cpnas_jax.models.space import (
     NUM_NODES,
     OPERATIONS,
 )
+from cpnas_jax.runtime.atomic import write_atomically
 from cpnas_jax.runtime.errors import UserError
 
 EdgePolicy: TypeAlias = Literal["all", "top2"]

@@ -1,7 +1,7 @@
 """Check of a whole search from its own log: every decision follows from the logged accuracies."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from cpnas_jax.architecture.indicator import (
     indicator,
 )
 from cpnas_jax.architecture.sampling import (
-    FIRST_STAGE,
     LAST_STAGE,
     all_survivors,
     num_sampled_epochs,
@@ -58,10 +57,10 @@ class ReplayResult:
 class _State:
     """Where a replay stands: the stage's survivors and the z of its samples so far."""
 
-    def __init__(self, seed: int, rounds: int, beta_p: float) -> None:
+    def __init__(self, seed: int, rounds: int, beta_p: float, operations: Sequence[str]) -> None:
         self.seed, self.rounds, self.beta_p = seed, rounds, beta_p
-        self.survivors = all_survivors()
-        self.stage = FIRST_STAGE
+        self.survivors = all_survivors(operations)
+        self.stage = len(operations)
         self.sampled_epochs = 0
         self.mean_z: np.ndarray | None = None
         self.compared: np.ndarray | None = None
@@ -150,6 +149,7 @@ def replay(
     seed: int,
     rounds: int,
     beta_p: float,
+    operations: Sequence[str] = OPERATIONS,
     name: str = "history.jsonl",
 ) -> ReplayResult:
     """Check a CP-NAS search, finished or not, from the lines of its log.
@@ -165,6 +165,7 @@ def replay(
         seed: the run's seed.
         rounds: T.
         beta_p: beta_P of eq. 4.15.
+        operations: names that the search started with.
         name: what an error calls the log, such as its path.
 
     Raises:
@@ -173,7 +174,7 @@ def replay(
         ValueError: if `rounds` is below 1.
     """
     num_sampled_epochs(rounds)
-    state = _State(seed, rounds, beta_p)
+    state = _State(seed, rounds, beta_p, operations)
     for number, line in enumerate(lines, start=1):
         try:
             event = parse_line(line)

@@ -20,23 +20,29 @@ LAST_STAGE = 2
 """The stage that leaves one operation on each edge."""
 
 
-def all_survivors() -> np.ndarray:
-    """Give the survivors before the first stage: bool[2, 14, 8], all true."""
-    return np.ones((*SHAPE, NUM_OPERATIONS), dtype=bool)
+def all_survivors(operations: Sequence[str] = OPERATIONS) -> np.ndarray:
+    """Give the survivors before the first stage: bool[2, 14, 8], the same on every edge.
+
+    Args:
+        operations: names that a search starts with; all 8 in the paper.
+    """
+    offered = np.array([name in operations for name in OPERATIONS])
+    return np.broadcast_to(offered, (*SHAPE, NUM_OPERATIONS)).copy()
 
 
-def num_sampled_epochs(rounds: int) -> int:
+def num_sampled_epochs(rounds: int, first_stage: int = FIRST_STAGE) -> int:
     """Count the sampled epochs of a whole search, 35 * T: T rounds of K samples, K = 8 to 2.
 
     Args:
         rounds: T, the rounds of each stage, at least 1.
+        first_stage: K of the first stage, 8 unless the search starts with fewer operations.
 
     Raises:
         ValueError: if `rounds` is below 1.
     """
     if rounds < 1:
         raise ValueError(f"search.rounds is {rounds}; it must be at least 1")
-    return rounds * sum(range(LAST_STAGE, FIRST_STAGE + 1))
+    return rounds * sum(range(LAST_STAGE, first_stage + 1))
 
 
 def num_surviving(survivors: np.ndarray) -> int:

@@ -24,7 +24,7 @@ def _sign_value(x: jax.Array) -> jax.Array:
 
 
 def _make_estimator(
-    name: str, derivative: Callable[[jax.Array], jax.Array], doc: str
+    derivative: Callable[[jax.Array], jax.Array], doc: str
 ) -> Callable[[jax.Array], jax.Array]:
     """Build sign(x) whose backward pass multiplies by `derivative(x)`."""
 
@@ -39,7 +39,6 @@ def _make_estimator(
         return (cotangent * derivative(x),)
 
     estimator.defvjp(forward, backward)
-    estimator.__name__ = f"sign_{name}"
     estimator.__doc__ = doc
     return estimator
 
@@ -64,22 +63,18 @@ def _swish_derivative(x: jax.Array) -> jax.Array:
 
 
 sign_identity = _make_estimator(
-    "identity",
     _identity_derivative,
     "Sign of x; d(x) = 1 everywhere (straight-through, Bengio et al. 2013).",
 )
 sign_clip = _make_estimator(
-    "clip",
     _clip_derivative,
     "Sign of x; d(x) = 1 where |x| <= 1, else 0 (Hubara et al. 2016).",
 )
 sign_bireal = _make_estimator(
-    "bireal",
     _bireal_derivative,
     "Sign of x; d(x) = 2 - 2|x| where |x| <= 1, else 0 (Bi-Real Net, Liu et al. 2018).",
 )
 sign_swish = _make_estimator(
-    "swish",
     _swish_derivative,
     "Sign of x; d(x) = b (2 - bx tanh(bx/2)) / (1 + cosh(bx)), b = 5 (BNN+, Darabi et al. 2018).",
 )

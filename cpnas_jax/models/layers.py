@@ -150,8 +150,8 @@ def _depthwise_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     k, c = kernel.shape[0], kernel.shape[-1]
     pad = dilation * (k // 2)
-    height, width = x.shape[1:3]
-    out = cotangent.shape[1:3]
+    height, width = x.shape[1], x.shape[2]
+    out = (cotangent.shape[1], cotangent.shape[2])
 
     # The kernel's gradient is one reduction over all taps at once: the products are read once
     # instead of k * k times.

@@ -11,6 +11,7 @@ parent  ReLU -> depthwise -> 1x1 -> BN
 
 import dataclasses
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -331,3 +332,8 @@ def make_operation(name: str, channels: int, stride: int, settings: OperationSet
         case "dil_conv_5x5":
             return DilatedConv(5, stride, settings)
     raise ValueError(f"operation is {name!r}; offered are {OPERATIONS}")
+
+
+def apply_module(module: nn.Module, params: Any, x: jax.Array, binary: Binary) -> jax.Array:
+    """Apply one of these modules to its parameters: the pure form of `module(x, binary)`."""
+    return cast(jax.Array, module.apply({"params": params}, x, binary))

@@ -1,4 +1,4 @@
-"""The search space: a cell's operations and edges (CP-NAS section 4.3; names are those of DARTS)."""
+"""The search space: operations and edges of a cell (CP-NAS section 4.3; names of DARTS)."""
 
 OPERATIONS = (
     "none",

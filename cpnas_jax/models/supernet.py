@@ -22,6 +22,7 @@ from cpnas_jax.models.operations import (
     Binary,
     OperationSettings,
     Preprocess,
+    apply_module,
     kernel_init,
     make_operation,
 )
@@ -224,8 +225,8 @@ def apply(
     for shape, cell in zip(cell_shapes(settings), params["cells"], strict=True):
         choices = architecture[CELL_TYPES.index(shape.kind)]
         inputs = [
-            _preprocess(shape, i, settings.operations).apply(
-                {"params": cell[f"preprocess{i}"]}, x, binary
+            apply_module(
+                _preprocess(shape, i, settings.operations), cell[f"preprocess{i}"], x, binary
             )
             for i, x in enumerate((previous, current))
         ]
@@ -288,7 +289,7 @@ class EdgeScan:
     kind: EdgeKind
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _forward_branches(kind: EdgeKind) -> tuple[Callable[..., jax.Array], ...]:
     """For each of `OPERATIONS`, (edge params, x, total, flag) -> total + operation(x)."""
 
@@ -301,7 +302,7 @@ def _forward_branches(kind: EdgeKind) -> tuple[Callable[..., jax.Array], ...]:
     return tuple(branch(name) for name in OPERATIONS)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _backward_branches(kind: EdgeKind) -> tuple[Callable[..., tuple[Params, jax.Array]], ...]:
     """For each of `OPERATIONS`, recompute it and return its gradients.
 
@@ -332,7 +333,7 @@ def _operation(kind: EdgeKind, name: str) -> Callable[[Params, jax.Array, jax.Ar
 
     def operation(params: Params, x: jax.Array, flag: jax.Array) -> jax.Array:
         binary = flag if kind.binary is None else kind.binary
-        return module.apply({"params": params}, x, binary)
+        return apply_module(module, params, x, binary)
 
     return operation
 

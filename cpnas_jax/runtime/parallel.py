@@ -1,0 +1,32 @@
+"""Devices: replication, and the one name of the axis that gradients are averaged over."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import jax_utils
+
+AXIS = "devices"
+"""Axis of all devices of all processes in a pmapped function."""
+
+
+def replicate(tree: Any) -> Any:
+    """Put a copy of every array on every local device, with a leading device axis."""
+    # From host memory: a device array would be stacked n times on the first device.
+    return jax_utils.replicate(jax.tree.map(np.asarray, jax.device_get(tree)))
+
+
+def to_host(tree: Any) -> Any:
+    """Return the first local device's copy as numpy arrays."""
+    return jax.device_get(jax_utils.unreplicate(tree))
+
+
+def pmap_donated(function: Callable[..., Any]) -> Any:
+    """pmap over all devices; the first argument, the state, is donated."""
+    return jax.pmap(function, axis_name=AXIS, donate_argnums=(0,))
+
+
+def pmap_kept(function: Callable[..., Any]) -> Any:
+    """pmap over all devices; nothing is donated."""
+    return jax.pmap(function, axis_name=AXIS)

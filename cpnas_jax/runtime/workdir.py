@@ -1,0 +1,117 @@
+"""The files of a workdir that every phase shares: config.json, results.json, the history."""
+
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+from cpnas_jax.runtime.atomic import write_atomically
+from cpnas_jax.runtime.errors import UserError
+
+
+class Workdir:
+    """A directory of one run.
+
+    `config.json` says of which config it is; another config is refused.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Make the directory if needed and see that it can be written.
+
+        Raises:
+            UserError: it cannot.
+        """
+        self.path = epath.Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe.{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"--workdir={path} cannot be written ({error.strerror or error}); "
+                "give a directory that can"
+            ) from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a file as JSON, whole or not at all."""
+        text = json.dumps(value, indent=1) + "\n"
+        write_atomically(self.path / name, text.encode())
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Read a JSON object; None where the file is absent.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            value = json.loads(path.read_text())
+            if not isinstance(value, dict):
+                raise ValueError("not a JSON object")
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); restore it or delete it") from error
+        return value
+
+    def claim(
+        self, config: dict[str, Any], deciding: dict[str, Any], record: dict[str, Any]
+    ) -> None:
+        """Take the workdir for a config: write `config.json`, or compare with the one there.
+
+        Args:
+            config: all keys, dotted.
+            deciding: those that decide the result.
+            record: versions, devices and what else is worth keeping.
+
+        Raises:
+            UserError: the workdir holds a run of another config; the differing keys are named.
+        """
+        stored = self.read_json("config.json")
+        if stored is None:
+            self.write_json("config.json", {"config": config, **record})
+            return
+        before = stored.get("config")
+        if not isinstance(before, dict):
+            raise UserError(
+                f"{self.path / 'config.json'} is damaged (no object 'config'); restore or delete it"
+            )
+        differing = [
+            f"{key} (there {before.get(key)!r}, here {value!r})"
+            for key, value in deciding.items()
+            if key not in before or before[key] != value
+        ]
+        if differing:
+            raise UserError(
+                f"{self.path} holds a run of another config; differing: {'; '.join(differing)}. "
+                "Use its config or another --workdir"
+            )
+
+
+class History:
+    """A log of whole JSON lines that survives a kill.
+
+    The checkpoint holds the lines too: after a kill the file is brought back to what the
+    checkpoint knows, so that a half-written line or one of a repeated epoch cannot stay.
+    """
+
+    def __init__(self, path: epath.Path, lines: list[dict[str, Any]]) -> None:
+        """Write the file with exactly these lines."""
+        self.path = path
+        self.lines = list(lines)
+        write_atomically(path, "".join(map(_encode, self.lines)).encode())
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line and bring it to the disk."""
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(_encode(line))
+            file.flush()
+            if hasattr(file, "fileno"):
+                os.fsync(file.fileno())
+
+
+def _encode(line: dict[str, Any]) -> str:
+    return json.dumps(line) + "\n"

@@ -1,0 +1,237 @@
+"""The child and the parent supernet on the devices: their state, programs, training and scoring."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+from cpnas_jax.data.datasets import Split, channel_statistics
+from cpnas_jax.models import supernet
+from cpnas_jax.models.binarize import Binarizer
+from cpnas_jax.models.operations import OperationSettings
+from cpnas_jax.path_optimizer import CHILD, PARENT, OptimizerSettings, PathOptimizer
+from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
+from cpnas_jax.search_step import (
+    Call,
+    Examples,
+    ModelState,
+    StepSettings,
+    make_score_call,
+    make_train_call,
+)
+
+MODELS = (CHILD, PARENT)
+
+
+def supernet_settings(
+    config: config_dict.ConfigDict, num_classes: int
+) -> supernet.SupernetSettings:
+    """Return the supernet of a config."""
+    search = config.search
+    return supernet.SupernetSettings(
+        cells=search.cells,
+        channels=search.channels,
+        reductions=tuple(search.reductions),
+        num_classes=num_classes,
+        operations=OperationSettings(
+            binarizer=Binarizer(**config.binarizer.to_dict()),
+            formulation=config.runtime.formulation,
+            separable_repeats=search.separable_repeats,
+            binary_preprocess=search.binary_preprocess,
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochResult:
+    """Sums of one training epoch of one model.
+
+    Attributes:
+        loss: mean over the steps.
+        accuracy: on the augmented training images, in [0, 1].
+    """
+
+    loss: float
+    accuracy: float
+
+
+class Networks:
+    """Both models with everything that is compiled or lives on a device."""
+
+    def __init__(
+        self,
+        config: config_dict.ConfigDict,
+        train: Split,
+        validation: Split,
+        sampled_epochs: int,
+        started: float,
+    ) -> None:
+        """Place the data on the devices; nothing is compiled yet.
+
+        Args:
+            config: validated.
+            train: training part.
+            validation: scoring part.
+            sampled_epochs: of the whole search.
+            started: `time.monotonic()` when the run began, for the time to the first step.
+
+        Raises:
+            UserError: the training part has less than one batch.
+        """
+        search = config.search
+        self._num_devices = jax.device_count()
+        self.steps_per_epoch = len(train.labels) // search.batch_size
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"config.search.batch_size is {search.batch_size}; the training part has only "
+                f"{len(train.labels)} images"
+            )
+        self._batch_size = search.batch_size
+        self._seed = config.seed
+        self._steps_per_call = config.runtime.steps_per_call
+        self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+        self._settings = supernet_settings(config, train.num_classes)
+        self._image_shape = train.images.shape[1:]
+        total_steps = sampled_epochs * self.steps_per_epoch
+        self._optimizer = PathOptimizer(
+            OptimizerSettings(
+                learning_rate=search.learning_rate,
+                child_learning_rate=search.child_learning_rate,
+                child_optimizer=search.child_optimizer,
+                momentum=search.momentum,
+                weight_decay=search.weight_decay,
+                gradient_clip=search.gradient_clip,
+                total_steps=total_steps,
+            )
+        )
+        step = StepSettings(
+            supernet=self._settings,
+            batch_size=search.batch_size,
+            num_devices=self._num_devices,
+            crop_padding=config.dataset.crop_padding,
+            flip=config.dataset.flip,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=total_steps,
+        )
+        self._train = pmap_donated(make_train_call(step, self._optimizer))
+        self._score = pmap_kept(
+            make_score_call(
+                self._settings, len(validation.labels), search.score_batch_size, self._num_devices
+            )
+        )
+        self._programs: dict[str, Any] = {}
+        self.compile_seconds = {"train": 0.0, "score": 0.0}
+        mean, std = channel_statistics(train.images)
+        self._examples = {
+            name: replicate(Examples(part.images, part.labels, mean, std))
+            for name, part in (("train", train), ("validation", validation))
+        }
+        self._num_validation = len(validation.labels)
+        self._states: dict[str, ModelState] = {}
+        self._started = started
+        self.first_step_seconds: float | None = None
+
+    def initial_state(self) -> dict[str, ModelState]:
+        """Return the state of both models before the first epoch, in host memory."""
+
+        @jax.jit
+        def init(key: jax.Array) -> ModelState:
+            params = supernet.init(key, self._settings, self._image_shape)
+            return ModelState(params, self._optimizer.init(params))
+
+        key = jax.random.key(self._seed)
+        return {
+            name: jax.device_get(init(jax.random.fold_in(key, number)))
+            for number, name in enumerate(MODELS)
+        }
+
+    def load(self, states: dict[str, ModelState]) -> None:
+        """Put the state of both models on the devices."""
+        self._states = {name: replicate(states[name]) for name in MODELS}
+
+    def host_state(self) -> dict[str, ModelState]:
+        """Return the state of both models as numpy arrays."""
+        return {name: to_host(self._states[name]) for name in MODELS}
+
+    def compile(self) -> None:
+        """Compile the training program; that of scoring follows at its first use."""
+        call = self._call(CHILD, np.zeros((2, 14), np.int32), 0, 0, 1)
+        self._compiled("train", self._train, self._states[CHILD], self._examples["train"], call)
+
+    def _compiled(self, name: str, function: Any, *arguments: Any) -> Any:
+        if name not in self._programs:
+            before = time.monotonic()
+            self._programs[name] = function.lower(*arguments).compile()
+            self.compile_seconds[name] = time.monotonic() - before
+        return self._programs[name]
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Estimate what a device holds: states, data, and what the training program needs."""
+
+        def size(tree: Any) -> int:
+            return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // jax.local_device_count()
+
+        analysis = self._programs["train"].memory_analysis()
+        return {
+            "weights and optimizers": size(self._states),
+            "data": size(self._examples),
+            "training program": getattr(analysis, "temp_size_in_bytes", 0),
+        }
+
+    def _call(
+        self, model: str, architecture: np.ndarray, epoch: int, first_step: int, num_steps: int
+    ) -> Call:
+        return replicate(
+            Call(
+                architecture=np.asarray(architecture, np.int32),
+                binary=np.asarray(model == CHILD),
+                epoch=np.int32(epoch),
+                first_step=np.int32(first_step),
+                num_steps=np.int32(num_steps),
+                key=self._key,
+            )
+        )
+
+    def train_epoch(self, model: str, architecture: np.ndarray, epoch: int) -> EpochResult:
+        """Train one model with one architecture for one epoch.
+
+        Raises:
+            UserError: the loss is not finite; nothing saved is lost.
+        """
+        loss, correct, first = 0.0, 0, 0
+        while first < self.steps_per_epoch:
+            count = min(self._steps_per_call, self.steps_per_epoch - first)
+            if self.first_step_seconds is None:
+                count = 1  # one step alone, to say when training began
+            call = self._call(model, architecture, epoch, first, count)
+            program = self._compiled(
+                "train", self._train, self._states[model], self._examples["train"], call
+            )
+            self._states[model], sums = program(self._states[model], self._examples["train"], call)
+            host = to_host(sums)
+            if self.first_step_seconds is None:
+                self.first_step_seconds = time.monotonic() - self._started
+            if not math.isfinite(host["loss"]):
+                key = "child_learning_rate" if model == CHILD else "learning_rate"
+                raise UserError(
+                    f"the loss of the {model} is {host['loss']} in steps {first} to "
+                    f"{first + count - 1} of sampled epoch {epoch + 1}; the last checkpoint is "
+                    f"kept. Try a smaller config.search.{key} in a new workdir"
+                )
+            loss += float(host["loss"])
+            correct += int(host["correct"])
+            first += count
+        seen = self.steps_per_epoch * self._batch_size
+        return EpochResult(loss / self.steps_per_epoch, correct / seen)
+
+    def score(self, model: str, architecture: np.ndarray) -> float:
+        """Return the accuracy over the whole validation part, in [0, 1]."""
+        call = self._call(model, architecture, 0, 0, 0)
+        arguments = (self._states[model].params, self._examples["validation"], call)
+        correct = self._compiled("score", self._score, *arguments)(*arguments)
+        return int(to_host(correct)) / self._num_validation

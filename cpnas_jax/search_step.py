@@ -1,0 +1,200 @@
+"""The compiled functions of a search: training steps and scoring of one sampled architecture.
+
+One program each serves every architecture and both models; which model it is, is a runtime flag.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from cpnas_jax.data.augment import normalise, random_crop_flip
+from cpnas_jax.data.order import batch_indices, epoch_permutation, scoring_indices, step_key
+from cpnas_jax.models import supernet
+from cpnas_jax.models.supernet import SupernetSettings
+from cpnas_jax.path_optimizer import PathOptimizer
+from cpnas_jax.runtime.parallel import AXIS
+
+
+@flax.struct.dataclass
+class ModelState:
+    """What training changes of a child or a parent.
+
+    Attributes:
+        params: of `supernet.init`.
+        optimizer: state of `PathOptimizer`.
+    """
+
+    params: supernet.Params
+    optimizer: Any
+
+
+@flax.struct.dataclass
+class Examples:
+    """A part of a data set as it lives on a device.
+
+    Attributes:
+        images: uint8[n, H, W, C].
+        labels: int32[n].
+        mean: f32[C], of the training part, white is 1.
+        std: f32[C].
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+
+@flax.struct.dataclass
+class Call:
+    """What tells one call from another; arrays, so that no call compiles anew.
+
+    Attributes:
+        architecture: int32[2, 14].
+        binary: bool[], child or parent.
+        epoch: int32[], number of the sampled epoch.
+        first_step: int32[], within the epoch.
+        num_steps: int32[], of this call.
+        key: uint32[2], data of the run's random key.
+    """
+
+    architecture: jax.Array
+    binary: jax.Array
+    epoch: jax.Array
+    first_step: jax.Array
+    num_steps: jax.Array
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """The static side of a training step.
+
+    Attributes:
+        supernet: shape of the network.
+        batch_size: global, over all devices.
+        num_devices: over all processes.
+        crop_padding: border of the random crop.
+        flip: whether images are mirrored at random.
+        steps_per_epoch: n // batch_size.
+        total_steps: of the whole search, for each model; the cosine ends there.
+    """
+
+    supernet: SupernetSettings
+    batch_size: int
+    num_devices: int
+    crop_padding: int
+    flip: bool
+    steps_per_epoch: int
+    total_steps: int
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the mean cross-entropy: f32[N, classes], int32[N] -> f32[]."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def make_train_call(
+    settings: StepSettings, optimizer: PathOptimizer
+) -> Callable[[ModelState, Examples, Call], tuple[ModelState, dict[str, jax.Array]]]:
+    """Return the function of one device that runs several training steps; to be pmapped.
+
+    It returns the new state and sums over the steps: `loss`, of the global batches' means, and
+    `correct`, of the training examples.
+    """
+    per_device = settings.batch_size // settings.num_devices
+
+    def loss_of(
+        params: supernet.Params, images: jax.Array, labels: jax.Array, call: Call
+    ) -> tuple[jax.Array, jax.Array]:
+        logits = supernet.apply(
+            params, images, call.architecture, settings=settings.supernet, binary=call.binary
+        )
+        correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+        return cross_entropy(logits, labels), correct
+
+    def train_call(
+        state: ModelState, examples: Examples, call: Call
+    ) -> tuple[ModelState, dict[str, jax.Array]]:
+        key = jax.random.wrap_key_data(call.key)
+        device = lax.axis_index(AXIS).astype(jnp.int32)
+        order = epoch_permutation(key, call.epoch, examples.labels.shape[0])
+
+        def step(
+            offset: jax.Array, carry: tuple[ModelState, dict[str, jax.Array]]
+        ) -> tuple[ModelState, dict[str, jax.Array]]:
+            state, sums = carry
+            number = call.first_step + offset
+            rows = batch_indices(order, number, settings.batch_size, device, per_device)
+            images = random_crop_flip(
+                step_key(key, call.epoch, number, device),
+                examples.images[rows],
+                settings.crop_padding,
+                settings.flip,
+            )
+            images = normalise(images, examples.mean, examples.std)
+            (loss, correct), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+                state.params, images, examples.labels[rows], call
+            )
+            gradients, loss = lax.pmean((gradients, loss), AXIS)
+            params, optimizer_state = optimizer.update(
+                gradients,
+                state.optimizer,
+                state.params,
+                architecture=call.architecture,
+                binary=call.binary,
+                step=call.epoch * settings.steps_per_epoch + number,
+            )
+            sums = {
+                "loss": sums["loss"] + loss,
+                "correct": sums["correct"] + lax.psum(correct, AXIS),
+            }
+            return ModelState(params, optimizer_state), sums
+
+        zeros = {"loss": jnp.zeros((), jnp.float32), "correct": jnp.zeros((), jnp.int32)}
+        # The number of steps is an input: a last, shorter call of an epoch is the same program.
+        return lax.fori_loop(jnp.int32(0), call.num_steps, step, (state, zeros))
+
+    return train_call
+
+
+def make_score_call(
+    settings: SupernetSettings, num_examples: int, batch_size: int, num_devices: int
+) -> Callable[[supernet.Params, Examples, Call], jax.Array]:
+    """Return the function of one device that counts the correct answers; to be pmapped.
+
+    Every example counts exactly once over all devices; BN uses each device's own batch.
+    """
+    indices, mask = scoring_indices(num_examples, batch_size)
+    per_device = batch_size // num_devices
+    rows_of = indices.reshape(-1, num_devices, per_device)
+    mask_of = mask.reshape(-1, num_devices, per_device).astype(np.int32)
+
+    def score_call(params: supernet.Params, examples: Examples, call: Call) -> jax.Array:
+        device = lax.axis_index(AXIS)
+        rows = jnp.asarray(rows_of)[:, device]
+        masks = jnp.asarray(mask_of)[:, device]
+
+        def batch(correct: jax.Array, part: tuple[jax.Array, jax.Array]) -> Any:
+            row, mask = part
+            logits = supernet.apply(
+                params,
+                normalise(examples.images[row], examples.mean, examples.std),
+                call.architecture,
+                settings=settings,
+                binary=call.binary,
+            )
+            hits = (jnp.argmax(logits, axis=-1) == examples.labels[row]).astype(jnp.int32)
+            return correct + jnp.sum(hits * mask), None
+
+        correct, _ = lax.scan(batch, jnp.zeros((), jnp.int32), (rows, masks))
+        return lax.psum(correct, AXIS)
+
+    return score_call

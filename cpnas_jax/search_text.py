@@ -1,0 +1,55 @@
+"""What a search says of itself: the plan before it begins, the table at the end of a stage."""
+
+import collections
+from typing import Any
+
+import jax
+from ml_collections import config_dict
+
+from cpnas_jax.data.datasets import Split
+from cpnas_jax.models.space import CELL_TYPES, EDGES
+
+
+def plan_text(
+    config: config_dict.ConfigDict,
+    train: Split,
+    validation: Split,
+    sampled_epochs: int,
+    steps_per_epoch: int,
+) -> str:
+    """Say what will happen, in a few lines."""
+    search, devices = config.search, jax.device_count()
+    size = "x".join(map(str, train.images.shape[1:]))
+    return "\n".join(
+        [
+            f"Searching on {train.name}: {len(train.labels)} training and "
+            f"{len(validation.labels)} validation images of {size}, "
+            f"{train.num_classes} classes; the test split stays closed.",
+            f"Supernet: {search.cells} cells (reductions at "
+            f"{', '.join(map(str, search.reductions)) or 'none'}), C {search.channels}, "
+            f"{len(search.operations)} operations on each of 28 edges; "
+            f"child 1-bit, parent float.",
+            f"{sampled_epochs} sampled epochs (T = {search.rounds}, beta_P = {search.beta_p:g}), "
+            f"each of {steps_per_epoch} steps of the child and as many of the parent.",
+            f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}, batch "
+            f"{search.batch_size} in all, {search.batch_size // devices} a device.",
+        ]
+    )
+
+
+def stage_text(line: dict[str, Any]) -> str:
+    """Tabulate the operations that a stage dropped, from its line of the history."""
+    counts = collections.Counter(name for cell in line["dropped"] for name in cell)
+    rows = [
+        f"Stage {line['stage']} is over; dropped "
+        + ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        + f"; {line['stage'] - 1} left on each edge.",
+        f"  {'edge':<6}" + "".join(f"{cell:<24}" for cell in CELL_TYPES),
+    ]
+    for edge, (source, target) in enumerate(EDGES):
+        cells = ""
+        for cell, names in zip(CELL_TYPES, line["dropped"], strict=True):
+            name = names[edge]
+            cells += f"{name:<15}{line['indicator'][cell][edge][name]:<9.4f}"
+        rows.append(f"  {f'{source}->{target}':<6}{cells}".rstrip())
+    return "\n".join(rows)

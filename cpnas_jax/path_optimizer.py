@@ -1,8 +1,8 @@
 """Weight updates of a sampled path: what was not sampled is left wholly untouched.
 
-In this supernet an unsampled operation gets a gradient of zeros, not none. Momentum and weight
-decay would still move it. So each operation of each edge has an optimizer state of its own, and
-both its parameters and its state are kept where it was not sampled.
+In this supernet an unsampled operation gets a gradient of zeros, not none; momentum and weight
+decay would still move it. So every parameter of an edge has an optimizer state of its own, and both
+are kept as they were where the operation was not sampled.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -62,12 +63,12 @@ class PathOptimizer:
         self._schedule = optax.cosine_decay_schedule(1.0, settings.total_steps)
 
     def init(self, params: Params) -> dict[str, Any]:
-        """Return rule -> state for the shared parameters and for every operation of every edge."""
-        shared, operations = _split(params)
+        """Return rule -> state of the shared parameters and of each group of edges."""
+        shared, groups = _split(params)
         return {
             name: {
                 "shared": rule.init(shared),
-                "operations": {path: jax.vmap(rule.init)(p) for path, p in operations.items()},
+                "edges": [jax.vmap(jax.vmap(rule.init))(group.values) for group in groups],
             }
             for name, rule in self._rules.items()
         }
@@ -121,87 +122,84 @@ class PathOptimizer:
         rate: jax.Array,
     ) -> tuple[Params, dict[str, Any]]:
         rule, old = self._rules[name], state[name]
-        shared, operations = _split(params)
-        shared_gradients, operation_gradients = _split(gradients)
-
-        def descend(parameter: jax.Array, update: jax.Array) -> jax.Array:
-            return parameter - (rate * update).astype(parameter.dtype)
-
+        shared, groups = _split(params)
+        shared_gradients, gradient_groups = _split(gradients)
         updates, shared_state = rule.update(shared_gradients, old["shared"], shared)
-        new_shared = jax.tree.map(descend, shared, updates)
-        new_operations, new_states = {}, {}
-        for place in _places(params):
-            path = str(place)
-            parameters, operation_state = operations[path], old["operations"][path]
-            updates, stepped = jax.vmap(rule.update)(
-                operation_gradients[path], operation_state, parameters
+        new_shared = jax.tree.map(lambda p, u: p - rate * u, shared, updates)
+        new_values, new_states = [], []
+        for group, gradient, before in zip(groups, gradient_groups, old["edges"], strict=True):
+            # The rules are elementwise: mapped over every parameter, each has a state of its own,
+            # step count included. Adam's bias correction counts the updates a weight really got.
+            updates, after = jax.vmap(jax.vmap(rule.update))(gradient.values, before, group.values)
+            sampled = group.sampled(architecture)
+            new_values.append(jnp.where(sampled, group.values - rate * updates, group.values))
+            new_states.append(
+                jax.tree.map(lambda new, old, s=sampled: jnp.where(s, new, old), after, before)
             )
-            sampled = place.sampled(architecture)
-            new_operations[path] = _keep_unsampled(
-                sampled, jax.tree.map(descend, parameters, updates), parameters
-            )
-            new_states[path] = _keep_unsampled(sampled, stepped, operation_state)
-        new_state = {"shared": shared_state, "operations": new_states}
-        return _join(new_shared, new_operations, params), {**state, name: new_state}
+        new_state = {"shared": shared_state, "edges": new_states}
+        return _join(new_shared, new_values, params), {**state, name: new_state}
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class _Place:
-    """Where the stacked parameters of an operation are."""
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The parameters of a cell's edges of one stride, as one matrix.
 
-    cell: int
+    Attributes:
+        kind: cell type.
+        name: key in `EDGE_GROUPS`.
+        values: f32[edges, parameters of all operations of an edge].
+        operation: int32[parameters], the operation each column belongs to.
+    """
+
     kind: str
-    group: str
-    operation: str
-
-    def __str__(self) -> str:
-        return f"{self.cell}/{self.kind}/{self.group}/{self.operation}"
+    name: str
+    values: jax.Array
+    operation: np.ndarray
 
     def sampled(self, architecture: jax.Array) -> jax.Array:
-        """bool[edges of the group]: whether this operation is the sampled one."""
-        edges = jnp.asarray(EDGE_GROUPS[self.kind][self.group].edges)
+        """bool[edges, parameters]: whether a parameter's operation is the sampled one."""
+        edges = np.asarray(EDGE_GROUPS[self.kind][self.name].edges)
         chosen = architecture[CELL_TYPES.index(self.kind)][edges]
-        return chosen == OPERATIONS.index(self.operation)
+        return chosen[:, None] == self.operation[None]
 
 
-def _places(params: Params) -> list[_Place]:
-    """Every operation that has parameters; only a reduction cell has edges of stride 2."""
-    return [
-        _Place(position, "reduce" if "stride2" in cell["edges"] else "normal", group, name)
-        for position, cell in enumerate(params["cells"])
-        for group, by_name in cell["edges"].items()
-        for name, parameters in by_name.items()
-        if parameters
-    ]
-
-
-def _split(tree: Params) -> tuple[Params, dict[str, Params]]:
-    """Separate what every path uses from the operations, keyed by their place."""
+def _split(tree: Params) -> tuple[Params, list[_Group]]:
+    """Separate what every path uses from the edges' operations."""
     shared = {key: value for key, value in tree.items() if key != "cells"}
     shared["cells"] = tuple(
         {key: value for key, value in cell.items() if key != "edges"} for cell in tree["cells"]
     )
-    operations = {
-        str(place): tree["cells"][place.cell]["edges"][place.group][place.operation]
-        for place in _places(tree)
-    }
-    return shared, operations
+    groups = []
+    for cell in tree["cells"]:
+        # Only a reduction cell has edges of stride 2.
+        kind = "reduce" if "stride2" in cell["edges"] else "normal"
+        for name, operations in sorted(cell["edges"].items()):
+            columns, owners = [], []
+            for operation in OPERATIONS:
+                for leaf in jax.tree.leaves(operations[operation]):
+                    columns.append(leaf.reshape(leaf.shape[0], -1))
+                    owners.append(np.full(columns[-1].shape[1], OPERATIONS.index(operation)))
+            values = jnp.concatenate(columns, axis=1)
+            groups.append(_Group(kind, name, values, np.concatenate(owners).astype(np.int32)))
+    return shared, groups
 
 
-def _join(shared: Params, operations: dict[str, Params], like: Params) -> Params:
-    """Undo `_split`; operations without parameters are taken from `like`."""
-    cells = [
-        {**cell, "edges": {group: dict(names) for group, names in original["edges"].items()}}
-        for cell, original in zip(shared["cells"], like["cells"], strict=True)
-    ]
-    for place in _places(like):
-        cells[place.cell]["edges"][place.group][place.operation] = operations[str(place)]
+def _join(shared: Params, values: list[jax.Array], like: Params) -> Params:
+    """Undo `_split`, with new values for the groups."""
+    remaining = iter(values)
+    cells = []
+    for cell, original in zip(shared["cells"], like["cells"], strict=True):
+        edges = {}
+        for name, operations in sorted(original["edges"].items()):
+            matrix, start = next(remaining), 0
+            edges[name] = {}
+            for operation in OPERATIONS:
+                leaves, structure = jax.tree.flatten(operations[operation])
+                taken = []
+                for leaf in leaves:
+                    width = leaf[0].size
+                    taken.append(matrix[:, start : start + width].reshape(leaf.shape))
+                    start += width
+                edges[name][operation] = jax.tree.unflatten(structure, taken)
+        cells.append({**cell, "edges": edges})
     return {**shared, "cells": tuple(cells)}
-
-
-def _keep_unsampled(sampled: jax.Array, new: Any, old: Any) -> Any:
-    def keep(new_leaf: jax.Array, old_leaf: jax.Array) -> jax.Array:
-        mask = sampled.reshape((-1,) + (1,) * (new_leaf.ndim - 1))
-        return jnp.where(mask, new_leaf, old_leaf)
-
-    return jax.tree.map(keep, new, old)

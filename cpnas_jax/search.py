@@ -276,7 +276,8 @@ class _Run:
             operations=tuple(config.search.operations),
             name=str(self.history_path),
         )
-        assert checked.operations is not None and checked.mean_z is not None
+        assert checked.operations is not None
+        assert checked.mean_z is not None
         assert checked.compared is not None
         assert (checked.survivors == self.progress.survivors).all()
         derivation = derive(

@@ -138,17 +138,17 @@ class Networks:
 
     def initial_state(self) -> dict[str, ModelState]:
         """Return the state of both models before the first epoch, in host memory."""
-
-        @jax.jit
-        def init(key: jax.Array) -> ModelState:
-            params = supernet.init(key, self._settings, self._image_shape)
-            return ModelState(params, self._optimizer.init(params))
+        init = jax.jit(self._initial_model)
 
         key = jax.random.key(self._seed)
         return {
             name: jax.device_get(init(jax.random.fold_in(key, number)))
             for number, name in enumerate(MODELS)
         }
+
+    def _initial_model(self, key: jax.Array) -> ModelState:
+        params = supernet.init(key, self._settings, self._image_shape)
+        return ModelState(params, self._optimizer.init(params))
 
     def load(self, states: dict[str, ModelState]) -> None:
         """Put the state of both models on the devices."""

@@ -8,12 +8,14 @@ the nodes and not with what an operation computes inside.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -23,7 +25,6 @@ from cpnas_jax.models.operations import (
     OperationSettings,
     Preprocess,
     apply_module,
-    kernel_init,
     make_operation,
 )
 from cpnas_jax.models.space import CELL_TYPES, EDGES, NUM_EDGES, NUM_INPUTS, NUM_NODES, OPERATIONS
@@ -134,33 +135,55 @@ def init(key: jax.Array, settings: SupernetSettings, image_shape: tuple[int, int
         group -> operation -> leaves whose leading axis are the group's edges. Child and parent
         have the same structure.
     """
+    shapes = jax.eval_shape(lambda: _template(settings, image_shape))
+    leaves, structure = jax.tree.flatten(shapes)
+    ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])
+    # One draw for all weights: a draw each would take a minute to compile.
+    draws = jax.random.normal(key, (int(ends[-1]),))
+    values = [
+        part.reshape(leaf.shape)
+        for part, leaf in zip(jnp.split(draws, ends[:-1]), leaves, strict=True)
+    ]
+    return jax.tree_util.tree_map_with_path(_scale_draw, jax.tree.unflatten(structure, values))
+
+
+def _scale_draw(path: tuple[Any, ...], draw: jax.Array) -> jax.Array:
+    """Give a leaf's normal draw the standard deviation sqrt(2 / fan-in) (He et al. 2015).
+
+    Our choice, for the latent weights of the child too; the classifier has sqrt(1 / fan-in) and a
+    bias of 0.
+    """
+    keys = [getattr(entry, "key", None) for entry in path]
+    if keys[-1] == "bias":
+        return jnp.zeros_like(draw)
+    shape = draw.shape[1:] if "edges" in keys else draw.shape
+    # A depthwise kernel [k, k, C] sums over its k * k taps only.
+    fan_in = math.prod(shape[:2] if "depthwise" in keys else shape[:-1])
+    gain = 1.0 if "classifier" in keys else 2.0
+    return draw * math.sqrt(gain / fan_in)
+
+
+def _template(settings: SupernetSettings, image_shape: tuple[int, int, int]) -> Params:
+    """Parameters of the right structure and shapes, whatever their values."""
     stem_channels = STEM_MULTIPLIER * settings.channels
-    stem_key, classifier_key, *cell_keys = jax.random.split(key, 2 + settings.cells)
     inputs = [stem_channels, stem_channels]
     cells = []
-    for cell_key, shape in zip(cell_keys, cell_shapes(settings), strict=True):
-        keys = jax.random.split(cell_key, 2 + len(EDGE_GROUPS[shape.kind]))
+    for shape in cell_shapes(settings):
         cell: Params = {
-            f"preprocess{i}": _module_params(
-                _preprocess(shape, i, settings.operations), keys[i], inputs[i]
-            )
+            f"preprocess{i}": _module_params(_preprocess(shape, i, settings.operations), inputs[i])
             for i in range(2)
         }
         cell["edges"] = {
-            name: _edge_params(group_key, group, shape.channels, settings.operations)
-            for group_key, (name, group) in zip(
-                keys[2:], EDGE_GROUPS[shape.kind].items(), strict=True
-            )
+            name: _edge_params(group, shape.channels, settings.operations)
+            for name, group in EDGE_GROUPS[shape.kind].items()
         }
         cells.append(cell)
         inputs = [inputs[1], (NUM_NODES - NUM_INPUTS) * shape.channels]
     return {
-        "stem": {"kernel": kernel_init(stem_key, (3, 3, image_shape[-1], stem_channels))},
+        "stem": {"kernel": jnp.zeros((3, 3, image_shape[-1], stem_channels))},
         "cells": tuple(cells),
         "classifier": {
-            "kernel": nn.initializers.lecun_normal()(
-                classifier_key, (inputs[1], settings.num_classes)
-            ),
+            "kernel": jnp.zeros((inputs[1], settings.num_classes)),
             "bias": jnp.zeros((settings.num_classes,)),
         },
     }
@@ -170,23 +193,23 @@ def _preprocess(shape: CellShape, position: int, settings: OperationSettings) ->
     return Preprocess(shape.channels, position == 0 and shape.reduce_first_input, settings)
 
 
-def _module_params(module: nn.Module, key: jax.Array, channels: int) -> Params:
+def _module_params(module: nn.Module, channels: int) -> Params:
     # Kernels depend on channels alone, so any small image will do.
     dummy = jnp.zeros((1, 4, 4, channels))
-    return dict(module.init(key, dummy, False).get("params", {}))
+    return dict(module.init(jax.random.key(0), dummy, False).get("params", {}))
 
 
-def _edge_params(
-    key: jax.Array, group: EdgeGroup, channels: int, settings: OperationSettings
-) -> Params:
-    params = {}
-    for operation_key, name in zip(jax.random.split(key, len(OPERATIONS)), OPERATIONS, strict=True):
-        module = make_operation(name, channels, group.stride, settings)
-        edge_keys = jax.random.split(operation_key, len(group.edges))
-        params[name] = jax.vmap(lambda k, module=module: _module_params(module, k, channels))(
-            edge_keys
+def _edge_params(group: EdgeGroup, channels: int, settings: OperationSettings) -> Params:
+    def stacked(leaf: jax.Array) -> jax.Array:
+        return jnp.zeros((len(group.edges), *leaf.shape))
+
+    return {
+        name: jax.tree.map(
+            stacked,
+            _module_params(make_operation(name, channels, group.stride, settings), channels),
         )
-    return params
+        for name in OPERATIONS
+    }
 
 
 def apply(

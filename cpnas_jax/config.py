@@ -34,6 +34,7 @@ def base_config() -> config_dict.ConfigDict:
     dataset.name = "cifar10"  # a tfds image classification set, or mnist5k
     dataset.data_dir = ""  # where tfds keeps prepared sets; "" is TFDS_DATA_DIR or tfds' default
     dataset.image_size = 0  # resize to this many pixels a side; 0 keeps the stored size
+    dataset.examples = 0  # use so many of the train split's, an equal share a class; 0 uses all
     dataset.validation_fraction = 0.5  # of the train split, for scoring [kin]
     dataset.crop_padding = 4  # black border of the random crop [kin]
     dataset.flip = True  # random horizontal flip [kin]
@@ -200,6 +201,7 @@ _RULES = {
     "dataset.name": _text(empty=False),
     "dataset.data_dir": _text(empty=True),
     "dataset.image_size": _integer(0),
+    "dataset.examples": _integer(0),
     "dataset.validation_fraction": _Rule(lambda v: _is_number(v) and 0 < v < 1, "between 0 and 1"),
     "dataset.crop_padding": _integer(0),
     "dataset.flip": _boolean(),

@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> None:
     if _CONFIG.value.runtime.compilation_cache:
         _cache_compiled_programs()
     with Reporter() as reporter:
-        search(_CONFIG.value, _WORKDIR.value, reporter)
+        search(_CONFIG.value, str(_WORKDIR.value), reporter)
 
 
 def main(argv: Sequence[str] = sys.argv) -> int:

@@ -27,7 +27,7 @@ from cpnas_jax.architecture.sampling import (
     stage_permutations,
 )
 from cpnas_jax.config import config_hash, deciding_keys, flatten
-from cpnas_jax.data.datasets import load_split, train_validation_parts
+from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
 from cpnas_jax.path_optimizer import CHILD, PARENT
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
@@ -105,6 +105,7 @@ def search(
 
     dataset = config.dataset
     split = load_split(dataset.name, "train", dataset.data_dir or None, dataset.image_size or None)
+    split = limit_examples(split, dataset.examples, config.seed)
     train, validation = train_validation_parts(split, dataset.validation_fraction, config.seed)
     total = num_sampled_epochs(config.search.rounds, len(config.search.operations))
     networks = Networks(config, train, validation, total, started)

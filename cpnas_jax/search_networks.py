@@ -187,7 +187,7 @@ class Networks:
         self, model: str, architecture: np.ndarray, epoch: int, first_step: int, num_steps: int
     ) -> Call:
         return replicate(
-            Call(
+            Call(  # type: ignore[arg-type]  # numpy here, device arrays after replicate
                 architecture=np.asarray(architecture, np.int32),
                 binary=np.asarray(model == CHILD),
                 epoch=np.int32(epoch),

@@ -125,6 +125,27 @@ def train_validation_parts(
     return _subset(split, order[~chosen]), _subset(split, order[chosen])
 
 
+def limit_examples(split: Split, examples: int, seed: int) -> Split:
+    """Return so many examples of a split, drawn by the seed with equal shares a class.
+
+    Args:
+        split: what to draw from.
+        examples: how many; 0 for all.
+        seed: non-negative.
+
+    Raises:
+        UserError: the split has fewer.
+    """
+    size = len(split.labels)
+    if examples in (0, size):
+        return split
+    if examples > size:
+        raise UserError(
+            f"dataset.examples={examples} is more than the {size} of {split.name}; 0 uses all"
+        )
+    return train_validation_parts(split, examples / size, seed)[1]
+
+
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute each channel's mean and standard deviation over all pixels of all images.
 

@@ -189,7 +189,7 @@ def _join(shared: Params, values: list[jax.Array], like: Params) -> Params:
     remaining = iter(values)
     cells = []
     for cell, original in zip(shared["cells"], like["cells"], strict=True):
-        edges = {}
+        edges: dict[str, Params] = {}
         for name, operations in sorted(original["edges"].items()):
             matrix, start = next(remaining), 0
             edges[name] = {}

@@ -187,12 +187,12 @@ class Networks:
         self, model: str, architecture: np.ndarray, epoch: int, first_step: int, num_steps: int
     ) -> Call:
         return replicate(
-            Call(  # type: ignore[arg-type]  # numpy here, device arrays after replicate
+            Call(
                 architecture=np.asarray(architecture, np.int32),
                 binary=np.asarray(model == CHILD),
-                epoch=np.int32(epoch),
-                first_step=np.int32(first_step),
-                num_steps=np.int32(num_steps),
+                epoch=np.asarray(epoch, np.int32),
+                first_step=np.asarray(first_step, np.int32),
+                num_steps=np.asarray(num_steps, np.int32),
                 key=self._key,
             )
         )

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax
 import jax
 import jax.numpy as jnp
@@ -46,10 +47,10 @@ class Examples:
         std: f32[C].
     """
 
-    images: jax.Array
-    labels: jax.Array
-    mean: jax.Array
-    std: jax.Array
+    images: chex.Array
+    labels: chex.Array
+    mean: chex.Array
+    std: chex.Array
 
 
 @flax.struct.dataclass
@@ -65,12 +66,12 @@ class Call:
         key: uint32[2], data of the run's random key.
     """
 
-    architecture: jax.Array
-    binary: jax.Array
-    epoch: jax.Array
-    first_step: jax.Array
-    num_steps: jax.Array
-    key: jax.Array
+    architecture: chex.Array
+    binary: chex.Array
+    epoch: chex.Array
+    first_step: chex.Array
+    num_steps: chex.Array
+    key: chex.Array
 
 
 @dataclasses.dataclass(frozen=True)

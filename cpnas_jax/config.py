@@ -5,10 +5,12 @@ Evidence: [paper] stated by CP-NAS; [kin] from DARTS, PC-DARTS or the same group
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import config_dict
@@ -270,6 +272,25 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
                 f"config.search.{key} is {search[key]}; it must be a multiple of the "
                 f"{num_devices} devices that share it"
             )
+
+
+def check_flags(argv: Sequence[str]) -> None:
+    """Look at --config and its overrides before they are parsed, to name what is wrong with them.
+
+    Raises:
+        UserError: a config file that does not exist, or an override of an unknown key.
+    """
+    for argument in argv:
+        if argument.startswith("--config="):
+            path = argument.removeprefix("--config=").partition(":")[0]
+            if not os.path.isfile(path):
+                raise UserError(f"--config={path} is no file; the configs are in configs/")
+        elif argument.startswith("--config."):
+            key = argument.removeprefix("--config.").partition("=")[0]
+            if key not in RULED_KEYS:
+                near = difflib.get_close_matches(key, RULED_KEYS, n=1)
+                hint = f"did you mean config.{near[0]}?" if near else "see cpnas_jax/config.py"
+                raise UserError(f"config.{key} is not a key; {hint}")
 
 
 RULED_KEYS = frozenset(_RULES)

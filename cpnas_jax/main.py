@@ -27,19 +27,32 @@ def _cache_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def _parse(argv: Sequence[str]) -> None:
+    """Read the flags; a config file runs code while they are read."""
+    configs.check_flags(argv)
+    try:
+        rest = flags.FLAGS(list(argv))
+    except (flags.Error, UserError):
+        raise
+    # What a wrong key, value or file raises differs from library to library below.
+    except Exception as error:
+        shown = " ".join(str(error).split())
+        raise UserError(f"the flags cannot be read: {shown}; see cpnas_jax/config.py") from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; everything is given by --flag=value")
+    for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
+        if not flag.value:
+            raise flags.Error(f"--{name}=... is required")
+
+
 def run(argv: Sequence[str]) -> None:
     """Parse the flags and run the mode.
 
     Raises:
-        UserError: a mistake in the flags, the config or what it names.
-        flags.Error: a malformed or unknown flag.
+        UserError: a mistake in the config or what it names.
+        flags.Error: a missing, malformed or unknown flag.
     """
-    rest = flags.FLAGS(list(argv), known_only=False)
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; everything is given by --flag=value")
-    for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
-        if flag.value is None:
-            raise flags.Error(f"--{name}=... is required")
+    _parse(argv)
     configs.validate(_CONFIG.value, jax.device_count())
     if _CONFIG.value.runtime.compilation_cache:
         _cache_compiled_programs()
@@ -48,15 +61,18 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] = sys.argv) -> int:
-    """Run; return the exit status: 0 done, 1 a mistake told in one line, 2 usage."""
+    """Run; return the exit status: 0 done, 1 a mistake or an interruption, 2 usage."""
     try:
         run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, flags.IllegalFlagValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except flags.Error as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command resumes", file=sys.stderr)
+        return 1
     return 0
 
 

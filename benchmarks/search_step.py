@@ -1,0 +1,542 @@
+"""One training step of the search, in three forms that do the same work.
+
+general      the product's program: the architecture is an input, a runtime flag chooses child or
+             parent, one compilation for everything (`supernet.apply` and `PathOptimizer`);
+specialised  a program for one fixed architecture and one model: the same modules unrolled, plain
+             autodiff, only the sampled operations' parameters;
+pytorch      the same path in eager PyTorch, channels last, in a subprocess (`torch_supernet.py`).
+
+A step is forward, backward, clip, SGD with momentum and weight decay. The three start from the
+same weights and the same batch; loss and gradient norm of the first step are compared before
+anything is timed. Timed steps alternate: general, specialised, pytorch, general, ...; never two at
+once. Temporary memory is XLA's own account of the compiled program.
+
+    python benchmarks/search_step.py --torch-python=/path/to/an/environment/with/torch/python
+
+A table, then one JSON object as the last line. `ratio_general_to_specialised` and
+`ratio_to_pytorch` are medians, over architectures and repeats, of (child + parent) over
+(child + parent); `memory_ratio_general_to_specialised` is the median over architectures and models.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cpnas_jax.models import layers, supernet
+from cpnas_jax.models.operations import (
+    OperationSettings,
+    Preprocess,
+    apply_module,
+    make_operation,
+)
+from cpnas_jax.models.space import EDGES, NUM_EDGES, NUM_INPUTS, NUM_NODES, OPERATIONS
+from cpnas_jax.path_optimizer import OptimizerSettings, PathOptimizer
+from cpnas_jax.search_step import cross_entropy
+
+MODELS = ("child", "parent")
+FORMS = ("general", "specialised", "pytorch")
+NUM_CLASSES = 10
+PAUSE = 0.05
+"""Seconds between steps, for the threads of the form before to fall asleep."""
+
+LOSS_TOLERANCE = 1e-4
+NORM_TOLERANCE = 1e-2
+"""Of the gradient's norm: in the child a rounding error can flip a sign."""
+
+PYTORCH_CHILD_TOLERANCE = 2e-3
+"""Of the child's loss in PyTorch, whose other order of summation flips more signs."""
+
+OPTIMIZER = OptimizerSettings(
+    learning_rate=0.1,
+    child_learning_rate=0.1,
+    child_optimizer="sgd",
+    momentum=0.9,
+    weight_decay=3e-4,
+    gradient_clip=5.0,
+    total_steps=100_000,
+)
+
+
+def parse_flags() -> argparse.Namespace:
+    """Return the command line's flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", type=int, default=8)
+    parser.add_argument("--channels", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--image-size", type=int, default=32, help="a multiple of 4")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--architectures", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--torch-python", default=sys.executable, help="a Python with PyTorch")
+    flags = parser.parse_args()
+    if flags.image_size % 4 or min(vars(flags)[k] for k in ("repeats", "architectures")) < 1:
+        parser.error("--image-size is a multiple of 4; --repeats and --architectures are positive")
+    return flags
+
+
+class Torch:
+    """The PyTorch worker: one line there, one line back."""
+
+    def __init__(self, python: str) -> None:
+        script = pathlib.Path(__file__).with_name("torch_supernet.py")
+        self._process = subprocess.Popen(
+            [python, str(script), str(num_cores())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.facts = self._answer()
+
+    def ask(self, **request) -> dict:
+        """Send a request and wait for its answer."""
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End the worker."""
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("the PyTorch worker ended; --torch-python names a Python with PyTorch")
+        return json.loads(line)
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def edge_group(kind: str, edge: int) -> tuple[str, int, int]:
+    """Return the group of an edge, its row there, and its stride."""
+    for name, group in supernet.EDGE_GROUPS[kind].items():
+        if edge in group.edges:
+            return name, group.edges.index(edge), group.stride
+    raise AssertionError(f"edge {edge} is in no group")
+
+
+def sampled_names(architecture: np.ndarray, kind: str) -> list[str]:
+    """Return the operation of every edge of a cell type."""
+    return [OPERATIONS[i] for i in architecture[0 if kind == "normal" else 1]]
+
+
+def sampled_params(params, architecture: np.ndarray, settings: supernet.SupernetSettings):
+    """Return copies of what the path uses: operations by the position of their edge."""
+    cells = []
+    for shape, cell in zip(supernet.cell_shapes(settings), params["cells"], strict=True):
+        edges = {}
+        for edge, name in enumerate(sampled_names(architecture, shape.kind)):
+            group, row, _ = edge_group(shape.kind, edge)
+            edges[str(edge)] = jax.tree.map(lambda x, r=row: x[r], cell["edges"][group][name])
+        cells.append({**cell, "edges": edges})
+    return {**params, "cells": tuple(cells)}
+
+
+def specialised_logits(params, images, architecture, settings, binary: bool):
+    """Return the logits of one architecture, every sampled operation written out."""
+    operations = settings.operations
+    stem = layers.normalize(layers.conv_3x3(images, params["stem"]["kernel"]))
+    previous, current = stem, stem
+    for shape, cell in zip(supernet.cell_shapes(settings), params["cells"], strict=True):
+        nodes = []
+        for i, x in enumerate((previous, current)):
+            entry = Preprocess(shape.channels, i == 0 and shape.reduce_first_input, operations)
+            nodes.append(apply_module(entry, cell[f"preprocess{i}"], x, binary))
+        names = sampled_names(architecture, shape.kind)
+        stride = 2 if shape.kind == "reduce" else 1
+        n, height, width, c = nodes[0].shape
+        for target in range(NUM_INPUTS, NUM_NODES):
+            total = None
+            for edge in range(NUM_EDGES):
+                if EDGES[edge][1] != target or names[edge] == "none":
+                    continue
+                _, _, edge_stride = edge_group(shape.kind, edge)
+                module = make_operation(names[edge], shape.channels, edge_stride, operations)
+                y = apply_module(module, cell["edges"][str(edge)], nodes[EDGES[edge][0]], binary)
+                total = y if total is None else total + y
+            if total is None:
+                total = jnp.zeros((n, height // stride, width // stride, c), images.dtype)
+            nodes.append(total)
+        previous, current = current, jnp.concatenate(nodes[NUM_INPUTS:], axis=-1)
+    features = jnp.mean(current, axis=(1, 2))
+    return jnp.dot(features, params["classifier"]["kernel"]) + params["classifier"]["bias"][None]
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled step with its state; calling it moves the state on."""
+
+    compiled: jax.stages.Compiled
+    facts: dict
+
+    def step(self, state, *arguments):
+        """Return the new state and what was measured."""
+        start = time.perf_counter()
+        state, loss, norm = jax.block_until_ready(self.compiled(state, *arguments))
+        seconds = time.perf_counter() - start
+        return state, {"seconds": seconds, "loss": float(loss), "gradient_norm": float(norm)}
+
+
+def compile_program(function, *arguments) -> Program:
+    """Compile with the state donated; keep the times and XLA's account of memory."""
+    start = time.perf_counter()
+    lowered = jax.jit(function, donate_argnums=(0,)).lower(*arguments)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    memory = compiled.memory_analysis()
+    facts = {
+        "trace_seconds": traced - start,
+        "compile_seconds": end - traced,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+    }
+    return Program(compiled, facts)
+
+
+def general_step(settings: supernet.SupernetSettings, optimizer: PathOptimizer):
+    """Return the step of every architecture and both models."""
+
+    def step(state, images, labels, number, architecture, binary):
+        params, before = state
+
+        def loss_of(params):
+            logits = supernet.apply(params, images, architecture, settings=settings, binary=binary)
+            return cross_entropy(logits, labels)
+
+        loss, gradients = jax.value_and_grad(loss_of)(params)
+        after = optimizer.update(
+            gradients, before, params, architecture=architecture, binary=binary, step=number
+        )
+        return after, loss, optax.global_norm(gradients)
+
+    return step
+
+
+def specialised_rule() -> optax.GradientTransformation:
+    """Return the optimizer of a fixed path: the same rule on fewer parameters."""
+    return optax.chain(
+        optax.clip_by_global_norm(OPTIMIZER.gradient_clip),
+        optax.add_decayed_weights(OPTIMIZER.weight_decay),
+        optax.sgd(
+            optax.cosine_decay_schedule(OPTIMIZER.learning_rate, OPTIMIZER.total_steps),
+            OPTIMIZER.momentum,
+        ),
+    )
+
+
+def specialised_step(settings: supernet.SupernetSettings, architecture: np.ndarray, binary: bool):
+    """Return the step of one architecture and one model."""
+    rule = specialised_rule()
+
+    def step(state, images, labels):
+        params, before = state
+
+        def loss_of(params):
+            logits = specialised_logits(params, images, architecture, settings, binary)
+            return cross_entropy(logits, labels)
+
+        loss, gradients = jax.value_and_grad(loss_of)(params)
+        updates, after = rule.update(gradients, before, params)
+        return (optax.apply_updates(params, updates), after), loss, optax.global_norm(gradients)
+
+    return step
+
+
+class Benchmark:
+    """The programs, their states, and the steps taken."""
+
+    def __init__(self, flags: argparse.Namespace, torch: Torch) -> None:
+        self.flags, self.torch = flags, torch
+        self.settings = supernet.SupernetSettings(
+            cells=flags.cells,
+            channels=flags.channels,
+            reductions=tuple(sorted({flags.cells // 3, 2 * flags.cells // 3})),
+            num_classes=NUM_CLASSES,
+            operations=OperationSettings(),
+        )
+        rng = np.random.default_rng(flags.seed)
+        size = flags.image_size
+        self.images = rng.standard_normal((flags.batch, size, size, 3), dtype=np.float32)
+        self.labels = rng.integers(0, NUM_CLASSES, flags.batch, dtype=np.int32)
+        self.architectures = [
+            rng.integers(0, len(OPERATIONS), (2, NUM_EDGES)).astype(np.int32)
+            for _ in range(flags.architectures)
+        ]
+        params = jax.jit(supernet.init, static_argnums=(1, 2))(
+            jax.random.key(flags.seed), self.settings, (size, size, 3)
+        )
+        self.params = jax.tree.map(np.asarray, params)
+        self.optimizer = PathOptimizer(OPTIMIZER)
+        self.batch = (jnp.asarray(self.images), jnp.asarray(self.labels))
+        self.general = compile_program(
+            general_step(self.settings, self.optimizer),
+            self._general_state(),
+            *self.batch,
+            *self._general_inputs(0, 0, "child"),
+        )
+        progress(f"general compiled: {self.general.facts}")
+        self.programs: dict[tuple[int, str], Program] = {}
+        self.states: dict[tuple, tuple] = {}
+        self.counts = dict.fromkeys(MODELS, 0)
+
+    def _general_state(self):
+        params = jax.tree.map(jnp.array, self.params)
+        return params, self.optimizer.init(params)
+
+    def _general_inputs(self, number: int, k: int, model: str):
+        architecture = jnp.asarray(self.architectures[k])
+        return jnp.int32(number), architecture, jnp.asarray(model == "child")
+
+    def load(self, k: int, directory: str) -> None:
+        """Compile the specialised programs of an architecture; give its weights to PyTorch."""
+        architecture = self.architectures[k]
+        chosen = sampled_params(self.params, architecture, self.settings)
+        named = {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf
+            for path, leaf in jax.tree_util.tree_flatten_with_path(chosen)[0]
+        }
+        path = str(pathlib.Path(directory) / f"weights{k}.npz")
+        np.savez(path, images=self.images, labels=self.labels, **named)
+        for model in MODELS:
+            binary = model == "child"
+            params = jax.tree.map(jnp.array, chosen)
+            state = (params, specialised_rule().init(params))
+            step = specialised_step(self.settings, architecture, binary)
+            self.programs[k, model] = compile_program(step, state, *self.batch)
+            self.states["specialised", k, model] = state
+            self.torch.ask(
+                command="load",
+                name=f"{k} {model}",
+                path=path,
+                cells=self._torch_cells(architecture),
+                binary=binary,
+                learning_rate=OPTIMIZER.learning_rate,
+                momentum=OPTIMIZER.momentum,
+                weight_decay=OPTIMIZER.weight_decay,
+                gradient_clip=OPTIMIZER.gradient_clip,
+            )
+            progress(f"architecture {k} {model} compiled: {self.programs[k, model].facts}")
+
+    def _torch_cells(self, architecture: np.ndarray) -> list[dict]:
+        cells = []
+        for shape in supernet.cell_shapes(self.settings):
+            names = sampled_names(architecture, shape.kind)
+            edges = [
+                (e, *EDGES[e], edge_group(shape.kind, e)[2], names[e]) for e in range(NUM_EDGES)
+            ]
+            cells.append({**dataclasses.asdict(shape), "edges": edges})
+        return cells
+
+    def check(self, k: int) -> dict:
+        """Take the first two steps of every form; return relative differences to general.
+
+        The first compares the forward and the backward pass, the second the update too.
+        """
+        differences = {}
+        for model in MODELS:
+            self.states["general", model] = self._general_state()
+            self.counts[model] = 0
+            first = {form: self.step(form, k, model) for form in FORMS}
+            second = {form: self.step(form, k, model) for form in FORMS}
+            for form in FORMS[1:]:
+                differences[f"{model} {form}"] = {
+                    "loss": relative(first, form, "loss"),
+                    "gradient_norm": relative(first, form, "gradient_norm"),
+                    "loss_after_update": relative(second, form, "loss"),
+                }
+        progress(f"architecture {k} relative differences to general: {differences}")
+        for name, found in differences.items():
+            loss = PYTORCH_CHILD_TOLERANCE if name == "child pytorch" else LOSS_TOLERANCE
+            if found["loss"] > loss or found["gradient_norm"] > NORM_TOLERANCE:
+                raise SystemExit(f"not the same work: architecture {k}, {name}: {found}")
+        return differences
+
+    def step(self, form: str, k: int, model: str) -> dict:
+        """Take one step of a form; return its seconds, loss and gradient norm."""
+        time.sleep(PAUSE)
+        if form == "pytorch":
+            return self.torch.ask(command="step", name=f"{k} {model}")
+        # One supernet for all architectures, but a specialised state for each.
+        key = ("general", model) if form == "general" else ("specialised", k, model)
+        if form == "general":
+            inputs = self._general_inputs(self.counts[model], k, model)
+            program, arguments = self.general, (*self.batch, *inputs)
+            self.counts[model] += 1
+        else:
+            program, arguments = self.programs[k, model], self.batch
+        self.states[key], measured = program.step(self.states[key], *arguments)
+        return measured
+
+    def measure(self) -> np.ndarray:
+        """Return seconds, f[repeats, architectures, models, forms]."""
+        counts = (self.flags.repeats, self.flags.architectures, len(MODELS), len(FORMS))
+        seconds = np.zeros(counts)
+        for repeat, k, model, form in np.ndindex(*counts):
+            seconds[repeat, k, model, form] = self.step(FORMS[form], k, MODELS[model])["seconds"]
+        return seconds
+
+
+def relative(results: dict, form: str, key: str) -> float:
+    """Return how far a form is from the general one."""
+    reference = results["general"][key]
+    return abs(results[form][key] - reference) / abs(reference)
+
+
+def progress(text: str) -> None:
+    """Tell the terminal what is done."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def spread(values) -> dict:
+    """Return least, median, largest and number of some measurements."""
+    values = np.ravel(values)
+    return {
+        "min": round(float(values.min()), 4),
+        "median": round(float(np.median(values)), 4),
+        "max": round(float(values.max()), 4),
+        "n": int(values.size),
+    }
+
+
+def step_ratios(seconds: np.ndarray, form: str) -> dict:
+    """Return general over another form: child and parent together, and each alone."""
+    general, other = seconds[..., 0], seconds[..., FORMS.index(form)]
+    ratios = {"both": spread(general.sum(axis=2) / other.sum(axis=2))}
+    for i, model in enumerate(MODELS):
+        ratios[model] = spread(general[..., i] / other[..., i])
+    return ratios
+
+
+def machine_facts(torch: Torch) -> dict:
+    """Return what the figures depend on."""
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return {
+        "cores": num_cores(),
+        "processor": names[0] if names else platform.processor(),
+        "backend": jax.default_backend(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        **torch.facts,
+    }
+
+
+def summarise(benchmark: Benchmark, seconds: np.ndarray, differences: list[dict]) -> dict:
+    """Return the JSON object."""
+    flags, programs = benchmark.flags, benchmark.programs
+    to_specialised = step_ratios(seconds, "specialised")
+    to_pytorch = step_ratios(seconds, "pytorch")
+    general_memory = benchmark.general.facts["temporary_bytes"]
+    memory = {
+        model: spread(
+            [
+                general_memory / programs[k, model].facts["temporary_bytes"]
+                for k in range(flags.architectures)
+            ]
+        )
+        for model in MODELS
+    }
+    every = [general_memory / program.facts["temporary_bytes"] for program in programs.values()]
+    return {
+        "benchmark": "search_step",
+        "ratio_general_to_specialised": to_specialised["both"]["median"],
+        "memory_ratio_general_to_specialised": spread(every)["median"],
+        "ratio_to_pytorch": to_pytorch["both"]["median"],
+        "ratios_general_to_specialised": to_specialised,
+        "ratios_to_pytorch": to_pytorch,
+        "memory_ratios_general_to_specialised": memory,
+        "seconds": {
+            form: {
+                model: {
+                    "all": spread(seconds[:, :, i, j]),
+                    "architectures": [
+                        spread(seconds[:, k, i, j]) for k in range(flags.architectures)
+                    ],
+                }
+                for i, model in enumerate(MODELS)
+            }
+            for j, form in enumerate(FORMS)
+        },
+        "general": benchmark.general.facts,
+        "specialised": {
+            model: [programs[k, model].facts for k in range(flags.architectures)]
+            for model in MODELS
+        },
+        "differences_to_general": differences,
+        "architectures": [a.tolist() for a in benchmark.architectures],
+        "sizes": {key: value for key, value in vars(flags).items() if key != "torch_python"},
+        "machine": machine_facts(benchmark.torch),
+    }
+
+
+def print_table(benchmark: Benchmark, result: dict) -> None:
+    """Print the figures for a reader."""
+    header = f"{'':14}{'':8}" + "".join(f"{form:>24}" for form in FORMS)
+    print(header + f"{'temporary MiB (gen/spec)':>27}")
+
+    def cell(found: dict) -> str:
+        return f"{found['median']:.3f} [{found['min']:.3f}, {found['max']:.3f}]".rjust(24)
+
+    mebibytes = benchmark.general.facts["temporary_bytes"] / 2**20
+    for k in range(benchmark.flags.architectures):
+        for model in MODELS:
+            times = [result["seconds"][form][model]["architectures"][k] for form in FORMS]
+            own = benchmark.programs[k, model].facts["temporary_bytes"] / 2**20
+            text = f"architecture {k}".ljust(14) + f" {model:<7}" + "".join(map(cell, times))
+            print(text + f"{mebibytes:.0f} / {own:.0f}".rjust(27))
+    for model in MODELS:
+        times = [result["seconds"][form][model]["all"] for form in FORMS]
+        print(f"{'all':14} {model:<7}" + "".join(map(cell, times)))
+    print("seconds a step: median [min, max]")
+    for name in ("ratios_general_to_specialised", "ratios_to_pytorch"):
+        parts = [f"{key}{cell(found)}" for key, found in result[name].items()]
+        print(f"{name}: " + "; ".join(" ".join(part.split()) for part in parts))
+    print(f"memory ratio: {result['memory_ratio_general_to_specialised']}")
+    programs = (benchmark.general, *benchmark.programs.values())
+    compiled = [p.facts["trace_seconds"] + p.facts["compile_seconds"] for p in programs]
+    print("trace + compile, seconds: general, then specialised: " + _listed(compiled))
+
+
+def _listed(seconds: list[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in seconds)
+
+
+def main() -> None:
+    """Check, measure, print."""
+    flags = parse_flags()
+    jax.config.update("jax_enable_compilation_cache", False)
+    load_before = os.getloadavg()
+    torch = Torch(flags.torch_python)
+    benchmark = Benchmark(flags, torch)
+    differences = []
+    with tempfile.TemporaryDirectory() as directory:
+        for k in range(flags.architectures):
+            benchmark.load(k, directory)
+            differences.append(benchmark.check(k))
+    seconds = benchmark.measure()
+    result = summarise(benchmark, seconds, differences)
+    result["machine"]["load_average"] = {"before": load_before[0], "after": os.getloadavg()[0]}
+    torch.close()
+    print_table(benchmark, result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

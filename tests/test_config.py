@@ -1,0 +1,105 @@
+"""Every key is checked, read and documented; every mistake is named in one line."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from cpnas_jax import config as configs
+from cpnas_jax.runtime.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def load(path, argument):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+def test_every_key_has_a_rule_and_is_read():
+    keys = set(configs.flatten(configs.base_config()))
+    assert keys == configs.RULED_KEYS
+    source = "".join(
+        path.read_text()
+        for path in (ROOT / "cpnas_jax").rglob("*.py")
+        if path.name not in ("config.py",)
+    )
+    for key in keys - {"mode", "search.strategy"}:
+        section, _, name = key.rpartition(".")
+        # The binarizer's keys are passed on as a whole.
+        assert section == "binarizer" or f".{name}" in source, key
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("argument", [None, "search", "pipeline", "search,smoke", "pipeline,smoke"])
+def test_every_config_builds_and_validates(path, argument):
+    config = load(path, argument)
+    configs.validate(config, num_devices=1)
+    assert config.is_locked
+    with pytest.raises(UserError, match="'nonsense' is unknown"):
+        load(path, "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mode", "fly"),
+        ("seed", -1),
+        ("dataset.name", ""),
+        ("dataset.validation_fraction", 0.0),
+        ("dataset.validation_fraction", 1.0),
+        ("dataset.crop_padding", -1),
+        ("search.strategy", "magic"),
+        ("search.beta_p", float("nan")),
+        ("search.beta_p", float("inf")),
+        ("search.rounds", 0),
+        ("search.operations", ("none",)),
+        ("search.operations", ("none", "none")),
+        ("search.operations", ("none", "conv_7x7")),
+        ("search.cells", 0),
+        ("search.reductions", (1, 6)),
+        ("search.reductions", (3, 1)),
+        ("search.batch_size", 0),
+        ("search.learning_rate", 0.0),
+        ("search.momentum", 1.0),
+        ("search.child_optimizer", "lion"),
+        ("search.edge_policy", "top3"),
+        ("binarizer.activation_estimator", "relu"),
+        ("binarizer.weight_scale", "row"),
+        ("binarizer.pad_value", 0.5),
+        ("runtime.steps_per_call", 0),
+        ("runtime.formulation", "fast"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_would_be_right(key, value):
+    config = configs.base_config()
+    with config.unlocked():
+        node = config
+        *sections, name = key.split(".")
+        for section in sections:
+            node = node[section]
+        with node.ignore_type():
+            node[name] = value
+    with pytest.raises(UserError) as caught:
+        configs.validate(config, num_devices=1)
+    text = str(caught.value)
+    assert text.startswith(f"config.{key} is ")
+    assert repr(value) in text
+    assert "\n" not in text
+
+
+def test_a_batch_that_devices_do_not_divide():
+    with pytest.raises(UserError, match=r"config.search.batch_size is 256.*multiple of the 3 dev"):
+        configs.validate(configs.base_config(), num_devices=3)
+
+
+def test_what_does_not_decide_the_result_does_not_change_the_hash():
+    first, second, third = (configs.base_config() for _ in range(3))
+    second.runtime.steps_per_call = 7
+    second.dataset.data_dir = "elsewhere"
+    third.search.beta_p = 1.0
+    assert configs.config_hash(first) == configs.config_hash(second)
+    assert configs.config_hash(first) != configs.config_hash(third)

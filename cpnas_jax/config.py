@@ -71,6 +71,7 @@ def base_config() -> config_dict.ConfigDict:
     runtime.steps_per_call = 50  # training steps in one call to the device
     runtime.keep_checkpoints = 2  # newest checkpoints kept
     runtime.formulation = "auto"  # of depthwise convolution and pooling, by the backend
+    runtime.optimization_level = 3  # of LLVM on a CPU; 1 compiles a quarter faster
     runtime.compilation_cache = True  # keep compiled programs in ~/.cache/cpnas_jax between runs
     return config.lock()
 
@@ -237,6 +238,7 @@ _RULES = {
     "runtime.steps_per_call": _integer(1),
     "runtime.keep_checkpoints": _integer(1),
     "runtime.formulation": _one_of(FORMULATIONS),
+    "runtime.optimization_level": _one_of((0, 1, 2, 3)),
     "runtime.compilation_cache": _boolean(),
 }
 

@@ -93,6 +93,11 @@ class Networks:
             )
         self._batch_size = search.batch_size
         self._seed = config.seed
+        self._compiler_options = (
+            {"xla_backend_optimization_level": config.runtime.optimization_level}
+            if jax.default_backend() == "cpu"
+            else {}
+        )
         self._steps_per_call = config.runtime.steps_per_call
         self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
         self._settings = supernet_settings(config, train.num_classes)
@@ -166,7 +171,7 @@ class Networks:
     def _compiled(self, name: str, function: Any, *arguments: Any) -> Any:
         if name not in self._programs:
             before = time.monotonic()
-            self._programs[name] = function.lower(*arguments).compile()
+            self._programs[name] = function.lower(*arguments).compile(self._compiler_options)
             self.compile_seconds[name] = time.monotonic() - before
         return self._programs[name]
 

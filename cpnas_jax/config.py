@@ -253,6 +253,9 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
     Raises:
         UserError: the first bad key, its value and what would be right.
     """
+    for key in flatten(config):
+        if key not in _RULES:
+            raise UserError(f"config.{key} is not a key; see cpnas_jax/config.py")
     for key, rule in _RULES.items():
         value = config
         for part in key.split("."):
@@ -282,13 +285,16 @@ def check_flags(argv: Sequence[str]) -> None:
     Raises:
         UserError: a config file that does not exist, or an override of an unknown key.
     """
-    for argument in argv:
-        if argument.startswith("--config="):
-            path = argument.removeprefix("--config=").partition(":")[0]
-            if not os.path.isfile(path):
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):
+            continue
+        if name == "config":
+            path = (value if equals else following).partition(":")[0]
+            if path and not path.startswith("-") and not os.path.isfile(path):
                 raise UserError(f"--config={path} is no file; the configs are in configs/")
-        elif argument.startswith("--config."):
-            key = argument.removeprefix("--config.").partition("=")[0]
+        elif name.startswith("config."):
+            key = name.removeprefix("config.")
             if key not in RULED_KEYS:
                 near = difflib.get_close_matches(key, RULED_KEYS, n=1)
                 hint = f"did you mean config.{near[0]}?" if near else "see cpnas_jax/config.py"

@@ -1,8 +1,10 @@
 """Facts of the process and the machine that a run records."""
 
 import importlib.metadata
+import os
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,3 +44,10 @@ def record() -> dict[str, Any]:
         "devices": [device.device_kind for device in jax.devices()],
         "backend": jax.default_backend(),
     }
+
+
+def cache_compiled_programs() -> None:
+    """Keep compiled programs between processes: a resumed run starts without compiling."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "cpnas_jax" / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -51,6 +51,15 @@ def call(monkeypatch):
         (("--config=configs/mnist5k.py:nonsense",), 1, ["'nonsense' is unknown"]),
         ((MNIST, "stray"), 1, ["'stray'"]),
         ((MNIST, "--unheard_of=1"), 2, ["unheard_of"]),
+        ((MNIST, "-config.search.round=1"), 1, ["did you mean config.search.rounds?"]),
+        ((MNIST, "--config.search.round", "1"), 1, ["did you mean config.search.rounds?"]),
+        ((MNIST, "--config.search.rounds=1.5"), 1, ["config.search.rounds", "1.5"]),
+        ((MNIST, "--config.dataset.flip=maybe"), 1, ["config.dataset.flip", "maybe"]),
+        ((MNIST, "--config.search.operations=none"), 1, ["search.operations is ('none',)"]),
+        ((MNIST, "--config.search=3"), 1, ["config.search is not a key"]),
+        (("--config", "configs/absent.py"), 1, ["configs/absent.py is no file"]),
+        (("-config=configs/absent.py",), 1, ["configs/absent.py is no file"]),
+        (("--config.search.rounds=1",), 2, ["config.search.rounds"]),
         (("--config=configs/cifar10.py", "--config.dataset.data_dir=/nowhere"), 1, ["tfds build"]),
     ],
 )
@@ -66,13 +75,71 @@ def test_a_mistake_is_one_line(arguments, status, words, tmp_path, capsys, call)
 
 def test_missing_flags_are_a_matter_of_usage(capsys, call):
     assert call(MNIST) == 2
-    assert "--workdir=... is required" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: --workdir=... is required\n"
+    assert call("--workdir=anywhere") == 2
+    assert capsys.readouterr().err == "error: --config=... is required\n"
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
+def test_help_says_how_to_call_it(flag, capsys, call):
+    assert call(flag) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    for word in ("--config=", "--workdir=", "--config.KEY", "resumes"):
+        assert word in output.out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("def get_config(\n", "never closed"),
+        ("def get_config(argument=None):\n    raise KeyError('a\\nb')\n", "cannot be read"),
+        (
+            "from cpnas_jax.config import base_config\n"
+            "def get_config(argument=None):\n"
+            "    config = base_config()\n"
+            "    config.search.round = 2\n"
+            "    return config\n",
+            "round",
+        ),
+        (
+            "from cpnas_jax.config import base_config\n"
+            "def get_config(argument=None):\n"
+            "    config = base_config()\n"
+            "    with config.unlocked():\n"
+            "        config.search.foo = 2\n"
+            "    return config\n",
+            "config.search.foo is not a key",
+        ),
+        (
+            "from cpnas_jax.config import base_config\n"
+            "def get_config(argument=None):\n"
+            "    config = base_config()\n"
+            "    with config.unlocked():\n"
+            "        del config.search.rounds\n"
+            "    return config\n",
+            "config.search.rounds is missing",
+        ),
+    ],
+    ids=["syntax", "exception", "unknown key", "added key", "missing key"],
+)
+def test_a_config_file_with_a_mistake(content, words, tmp_path, capsys, call):
+    (tmp_path / "mine.py").write_text(content)
+    assert call(f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path, capsys, call):
     (tmp_path / "file").write_text("")
-    assert call(MNIST, f"--workdir={tmp_path / 'file' / 'run'}") == 1
-    assert "cannot be written" in capsys.readouterr().err
+    for path in (tmp_path / "file" / "run", tmp_path / "file"):
+        assert call(MNIST, f"--workdir={path}") == 1
+        error = capsys.readouterr().err
+        assert f"--workdir={path} cannot be written" in error
+        assert error.count("\n") == 1
 
 
 def test_another_config_in_the_workdir_is_refused_with_the_differing_keys(tmp_path, capsys, call):

@@ -138,7 +138,7 @@ def test_another_seed_gives_other_permutations(shell, undisturbed, tmp_path):
     assert all(a["architecture"] != b["architecture"] for a, b in pairs if a["event"] == "sample")
 
 
-@pytest.mark.parametrize("kills", [1, 3])
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_killed_search_ends_bitwise_as_if_it_had_not_been(shell, undisturbed, tmp_path, kills):
     log = tmp_path / "search/history.jsonl"
     for number in range(kills):

@@ -127,6 +127,13 @@ class Checkpoints:
         expected = found["record"]["digest"]
         if digest(state) != expected:
             raise ValueError(f"its arrays do not have the digest {expected} that was saved")
+        # Orbax takes the stored shapes, whatever the template says.
+        for name, leaf in zip(template, jax.tree.leaves(state), strict=True):
+            if leaf.shape != template[name].shape:
+                raise ValueError(
+                    f"an array has the shape {leaf.shape}, not {template[name].shape}; "
+                    "another version of cpnas_jax may have written it"
+                )
         return Restored(step, state, found["record"]["record"])
 
     def close(self) -> None:

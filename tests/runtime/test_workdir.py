@@ -1,0 +1,117 @@
+"""The files of a workdir: claimed once, refused to another config, whole or absent."""
+
+import json
+import os
+
+import pytest
+
+from cpnas_jax.runtime import atomic
+from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.workdir import History, Workdir
+
+
+def test_it_is_made_and_leaves_no_probe(tmp_path):
+    workdir = Workdir(tmp_path / "a" / "b")
+    assert list(workdir.path.iterdir()) == []
+    Workdir(tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize("parts", [("file",), ("file", "run")])
+def test_a_file_in_the_way_is_named(tmp_path, parts):
+    (tmp_path / "file").write_text("kept")
+    path = tmp_path.joinpath(*parts)
+    with pytest.raises(UserError) as caught:
+        Workdir(path)
+    assert f"--workdir={path} cannot be written" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_claim_is_written_once(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.claim({"seed": 1}, {"versions": {"jax": "x"}})
+    workdir.claim({"seed": 2}, {})
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored == {"config": {"seed": 1}, "versions": {"jax": "x"}}
+
+
+def test_the_same_config_is_let_in_and_another_is_refused_with_both_values(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.refuse_other({"seed": 1})
+    claimed = {"seed": 1, "search.beta_p": 2.0, "search.reductions": [1, 2], "mode": "search"}
+    workdir.claim(claimed, {})
+    workdir.refuse_other({"seed": 1, "search.beta_p": 2.0, "search.reductions": [1, 2]})
+    with pytest.raises(UserError) as caught:
+        workdir.refuse_other({"seed": 1, "search.beta_p": 0.5, "search.reductions": [1], "new": 3})
+    text = str(caught.value)
+    assert "search.beta_p (there 2.0, here 0.5)" in text
+    assert "search.reductions (there [1, 2], here [1])" in text
+    assert "new (there None, here 3)" in text
+    assert "seed" not in text
+    assert str(tmp_path) in text
+
+
+@pytest.mark.parametrize("content", ["", '{"config": {', "[1]", "null", "\x00"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        Workdir(tmp_path).refuse_other({"seed": 1})
+
+
+def test_bytes_that_are_no_text_are_damage_too(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'{"config": "\xff\xfe"}')
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        Workdir(tmp_path).read_json("config.json")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"config": 3}'])
+def test_a_config_file_without_a_config_is_damaged(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="no object 'config'"):
+        Workdir(tmp_path).refuse_other({"seed": 1})
+
+
+def test_json_comes_back_and_an_absent_file_is_none(tmp_path):
+    workdir = Workdir(tmp_path)
+    assert workdir.read_json("results.json") is None
+    workdir.write_json("results.json", {"accuracy": 0.1 + 0.2})
+    assert workdir.read_json("results.json") == {"accuracy": 0.1 + 0.2}
+
+
+def test_a_history_is_brought_back_to_what_is_known(tmp_path):
+    path = tmp_path / "search" / "history.jsonl"
+    history = History(path, [])
+    history.append({"z": 0.1})
+    history.append({"z": 1 / 3})
+    with path.open("a") as file:
+        file.write('{"event": "sam')  # killed here
+    known = [json.loads(line) for line in path.read_text().splitlines()[:1]]
+    repaired = History(path, known)
+    assert path.read_text() == '{"z": 0.1}\n'
+    repaired.append({"z": 5})
+    assert path.read_text() == '{"z": 0.1}\n{"z": 5}\n'
+    assert repaired.lines == [{"z": 0.1}, {"z": 5}]
+    # The caller's list stays its own.
+    assert known == [{"z": 0.1}]
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_added(tmp_path):
+    path = tmp_path / "history.jsonl"
+    history = History(path, [])
+    for number in range(3):
+        history.append({"number": number})
+        assert len(path.read_text().splitlines()) == number + 1
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    atomic.write_atomically(path, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(atomic.epath.Path(path)), "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["results.json"]

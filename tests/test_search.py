@@ -27,6 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
     "--config.dataset.examples=640",
     "--config.search.operations=('none','skip_connect','sep_conv_3x3')",
+    "--config.runtime.optimization_level=0",  # compiling takes longer than these searches
 )
 
 
@@ -173,6 +174,7 @@ def small_config(data_dir, name="mnist5k"):
     config.dataset.data_dir = str(data_dir)
     configs.shrink(config)
     config.search.update(operations=("none", "skip_connect", "sep_conv_3x3"))
+    config.runtime.optimization_level = 0
     return config
 
 

@@ -153,17 +153,17 @@ def _depthwise_gradients(
     height, width = x.shape[1], x.shape[2]
     out = (cotangent.shape[1], cotangent.shape[2])
 
-    # The kernel's gradient is one reduction over all taps at once: the products are read once
-    # instead of k * k times.
+    # The kernel's gradient is one reduction over all taps at once: the images are read once instead
+    # of k * k times. It keeps N, over which XLA:CPU spreads it on the cores; N is summed last.
     windows = _taps(_pad_image(x, pad, pad_value), k, stride, dilation, out)
-    zero = np.zeros((), x.dtype)
     sums = lax.reduce(
         tuple(lax.mul(window, cotangent) for window in windows),
-        (zero,) * len(windows),
+        (np.zeros((), x.dtype),) * len(windows),
         lambda a, b: tuple(map(lax.add, a, b)),
-        (0, 1, 2),
+        (1, 2),
     )
-    kernel_gradient = lax.reshape(lax.concatenate(sums, 0), (k, k, c))
+    stacked = lax.concatenate([lax.expand_dims(part, (1,)) for part in sums], 1)
+    kernel_gradient = lax.reshape(jnp.sum(stacked, axis=0), (k, k, c))
 
     # The image's gradient is the same shifted sum with the taps reversed, over the cotangent
     # spread out by the stride.
@@ -171,7 +171,7 @@ def _depthwise_gradients(
     spread_width = stride * (out[1] - 1) + 1
     spread = lax.pad(
         cotangent,
-        zero,
+        np.zeros((), x.dtype),
         (
             (0, 0, 0),
             (pad, height + pad - spread_height, stride - 1),

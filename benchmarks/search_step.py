@@ -36,6 +36,7 @@ import numpy as np
 import optax
 
 from cpnas_jax.models import layers, supernet
+from cpnas_jax.models.edges import EDGE_GROUPS
 from cpnas_jax.models.operations import (
     OperationSettings,
     Preprocess,
@@ -130,7 +131,7 @@ def num_cores() -> int:
 
 def edge_group(kind: str, edge: int) -> tuple[str, int, int]:
     """Return the group of an edge, its row there, and its stride."""
-    for name, group in supernet.EDGE_GROUPS[kind].items():
+    for name, group in EDGE_GROUPS[kind].items():
         if edge in group.edges:
             return name, group.edges.index(edge), group.stride
     raise AssertionError(f"edge {edge} is in no group")

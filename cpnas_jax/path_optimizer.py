@@ -14,8 +14,8 @@ import numpy as np
 import optax
 from jax import lax
 
+from cpnas_jax.models.edges import EDGE_GROUPS, Params
 from cpnas_jax.models.space import CELL_TYPES, OPERATIONS
-from cpnas_jax.models.supernet import EDGE_GROUPS, Params
 
 CHILD, PARENT = "child", "parent"
 

@@ -14,9 +14,10 @@ from cpnas_jax import path_optimizer
 from cpnas_jax.data.augment import normalise, random_crop_flip
 from cpnas_jax.data.order import step_key
 from cpnas_jax.models import supernet
+from cpnas_jax.models.edges import EDGE_GROUPS
 from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.models.space import CELL_TYPES, NUM_EDGES, OPERATIONS
-from cpnas_jax.models.supernet import EDGE_GROUPS, SupernetSettings
+from cpnas_jax.models.supernet import SupernetSettings
 from cpnas_jax.path_optimizer import CHILD, PARENT, OptimizerSettings, PathOptimizer
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
 from cpnas_jax.search_step import (

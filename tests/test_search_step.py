@@ -2,23 +2,27 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from draws import QUICK, random_architecture
+from path_cases import (
+    CLASSES,
+    NETWORK,
+    OPTIMIZER,
+    compiled_update,
+    random_like,
+    sampled_matrices,
+    sampled_tree,
+    shapes,
+)
 
-from cpnas_jax import path_optimizer
 from cpnas_jax.data.augment import normalise, random_crop_flip
 from cpnas_jax.data.order import step_key
 from cpnas_jax.models import supernet
-from cpnas_jax.models.edges import EDGE_GROUPS
-from cpnas_jax.models.operations import OperationSettings
-from cpnas_jax.models.space import CELL_TYPES, NUM_EDGES, OPERATIONS
-from cpnas_jax.models.supernet import SupernetSettings
-from cpnas_jax.path_optimizer import CHILD, PARENT, OptimizerSettings, PathOptimizer
+from cpnas_jax.path_optimizer import CHILD, PARENT, PathOptimizer
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
 from cpnas_jax.search_step import (
     Call,
@@ -30,47 +34,9 @@ from cpnas_jax.search_step import (
 )
 
 DEVICES = 8
-CLASSES = 5
 BATCH = 16
 TRAINING = 50  # three steps an epoch, two examples left over
-QUICK = {"xla_backend_optimization_level": "0"}  # numbers are tested here, not speed
-NETWORK = SupernetSettings(2, 4, (0,), CLASSES, OperationSettings(separable_repeats=1))
-OPTIMIZER = OptimizerSettings(
-    learning_rate=0.1,
-    child_learning_rate=0.02,
-    child_optimizer="adam",
-    momentum=0.9,
-    weight_decay=0.01,
-    gradient_clip=5.0,
-    total_steps=12,
-)
 KEY = np.asarray(jax.random.key_data(jax.random.key(3)))
-
-
-@functools.cache
-def shapes():
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(lambda key: supernet.init(key, NETWORK, (8, 8, 3)), key)
-
-
-def random_like(tree, seed, scale=1.0):
-    """Normal floats, positive counts and positive second moments."""
-    generator = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        if np.issubdtype(leaf.dtype, np.integer):
-            return generator.integers(1, 5, leaf.shape).astype(leaf.dtype)
-        values = generator.normal(size=leaf.shape).astype(leaf.dtype) * np.float32(scale)
-        return np.abs(values) if "nu" in jax.tree_util.keystr(path) else values
-
-    return jax.tree_util.tree_map_with_path(draw, tree)
-
-
-def random_architecture(seed):
-    """Of 28 edges, each operation on at least three."""
-    operations = np.arange(2 * NUM_EDGES) % len(OPERATIONS)
-    shuffled = np.random.default_rng(seed).permutation(operations)
-    return shuffled.reshape(2, NUM_EDGES).astype(np.int32)
 
 
 def random_examples(n, seed):
@@ -92,116 +58,6 @@ def call_of(architecture, binary=False, epoch=0, first_step=0, num_steps=1, key=
         np.asarray(num_steps, np.int32),
         key,
     )
-
-
-def sampled_tree(params, architecture):
-    """A boolean for every weight: whether its operation was sampled; True for what is shared."""
-    tree = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), params)
-    for cell in tree["cells"]:
-        kind = "reduce" if len(cell["edges"]) == 2 else "normal"
-        for name, operations in cell["edges"].items():
-            edges = EDGE_GROUPS[kind][name].edges
-            for operation, leaves in operations.items():
-                for leaf in jax.tree.leaves(leaves):
-                    for row, edge in enumerate(edges):
-                        chosen = architecture[CELL_TYPES.index(kind), edge]
-                        leaf[row] = OPERATIONS[chosen] == operation
-    return tree
-
-
-def sampled_matrices(params, architecture):
-    """The same in the layout of the optimizer's state of the edges."""
-    tree = sampled_tree(params, architecture)
-    _, groups = path_optimizer._split(jax.tree.map(lambda leaf: leaf.astype(np.float32), tree))
-    return [np.asarray(group.values, bool) for group in groups]
-
-
-class NumpyOptimizer:
-    """Clip, weight decay, momentum or Adam, and the cosine, leaf by leaf in float64."""
-
-    def __init__(self, params):
-        self.params = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
-        zeros = [np.zeros_like(leaf) for leaf in self.params]
-        names = ("momentum", "first", "second", "count")
-        self.slots = {name: [zero.copy() for zero in zeros] for name in names}
-
-    def update(self, gradients, sampled, binary, step):
-        gradients = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradients)]
-        norm = math.sqrt(sum((leaf**2).sum() for leaf in gradients))
-        factor = min(1.0, OPTIMIZER.gradient_clip / norm)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / OPTIMIZER.total_steps))
-        base = OPTIMIZER.child_learning_rate if binary else OPTIMIZER.learning_rate
-        for i, (gradient, use) in enumerate(zip(gradients, jax.tree.leaves(sampled), strict=True)):
-            slot = {name: values[i] for name, values in self.slots.items()}
-            g = (gradient * factor)[use]
-            if binary:
-                slot["count"][use] += 1
-                slot["first"][use] = 0.9 * slot["first"][use] + 0.1 * g
-                slot["second"][use] = 0.999 * slot["second"][use] + 0.001 * g**2
-                first = slot["first"][use] / (1 - 0.9 ** slot["count"][use])
-                second = slot["second"][use] / (1 - 0.999 ** slot["count"][use])
-                change = first / (np.sqrt(second) + 1e-8)
-            else:
-                g = g + OPTIMIZER.weight_decay * self.params[i][use]
-                slot["momentum"][use] = OPTIMIZER.momentum * slot["momentum"][use] + g
-                change = slot["momentum"][use]
-            self.params[i][use] -= base * cosine * change
-
-
-@functools.cache
-def compiled_update():
-    optimizer = PathOptimizer(OPTIMIZER)
-
-    def update(gradients, state, params, architecture, binary, step):
-        return optimizer.update(
-            gradients, state, params, architecture=architecture, binary=binary, step=step
-        )
-
-    arguments = (shapes(), jax.eval_shape(optimizer.init, shapes()), shapes())
-    scalars = (call_of(random_architecture(0)).architecture, np.asarray(True), np.int32(0))
-    return jax.jit(update).lower(*arguments, *scalars).compile(QUICK)
-
-
-@pytest.mark.parametrize("binary", [True, False], ids=[CHILD, PARENT])
-@pytest.mark.parametrize("scale", [1e-3, 1.0], ids=["below the clip", "clipped"])
-def test_updates_are_those_written_out_in_numpy(binary, scale):
-    params = random_like(shapes(), 0)
-    state = jax.tree.map(np.asarray, jax.jit(PathOptimizer(OPTIMIZER).init)(params))
-    oracle = NumpyOptimizer(params)
-    for step in range(4):
-        architecture = random_architecture(step)
-        sampled = sampled_tree(params, architecture)
-        # As the supernet gives them: zeros where an operation was not sampled.
-        gradients = jax.tree.map(
-            lambda g, s: g * s.astype(np.float32),
-            random_like(shapes(), 100 + step, scale),
-            sampled,
-        )
-        norm = float(optax.tree.norm(gradients))
-        assert (norm > OPTIMIZER.gradient_clip) == (scale == 1.0)
-        # Far steps of the cosine too.
-        position = np.int32(3 * step)
-        params, state = compiled_update()(
-            gradients, state, params, architecture, np.asarray(binary), position
-        )
-        oracle.update(gradients, sampled, binary, 3 * step)
-    for leaf, expected in zip(jax.tree.leaves(params), oracle.params, strict=True):
-        np.testing.assert_allclose(leaf, expected, rtol=2e-5, atol=2e-6)
-
-
-def test_the_rate_ends_at_zero():
-    params = random_like(shapes(), 0)
-    state = random_like(jax.eval_shape(PathOptimizer(OPTIMIZER).init, shapes()), 1)
-    after, _ = compiled_update()(
-        random_like(shapes(), 2),
-        state,
-        params,
-        random_architecture(0),
-        np.asarray(False),
-        np.int32(OPTIMIZER.total_steps),
-    )
-    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(new, old)
 
 
 STEP = StepSettings(

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export, lax
@@ -10,7 +11,6 @@ from cpnas_jax.models import layers
 
 FORMS = ("native", "shifted")
 # The values are what is tested, not the speed of the code that computes them.
-QUICK = {"xla_backend_optimization_level": "0"}
 
 
 def compiled(f):

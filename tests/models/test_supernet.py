@@ -8,18 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export, lax
+from draws import QUICK, random_architecture
+from jax import export
+from unrolled import CLASSES, THREE_CELLS, images_of, loss, params_of, reference, shapes_of
 
-from cpnas_jax.models import binarize, layers, supernet
+from cpnas_jax.models import binarize, supernet
 from cpnas_jax.models.binarize import Binarizer
-from cpnas_jax.models.operations import OperationSettings, Preprocess, make_operation
+from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.models.space import EDGES, NUM_EDGES, OPERATIONS
 from cpnas_jax.models.supernet import SupernetSettings
 
 DEVICES = 8
-CLASSES = 5
-QUICK = {"xla_backend_optimization_level": "0"}  # numbers are tested here, not speed
-THREE_CELLS = SupernetSettings(cells=3, channels=4, reductions=(1, 2), num_classes=CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -46,43 +45,8 @@ def cell(soft):
     return SupernetSettings(1, 4, (), CLASSES, soft)
 
 
-def shapes_of(settings, image_shape=(8, 8, 3)):
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(lambda key: supernet.init(key, settings, image_shape), key)
-
-
-@functools.cache
-def params_of(settings, seed=0):
-    """Random parameters of the supernet's shapes; drawn by numpy, which compiles nothing."""
-    generator = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(generator.normal(size=leaf.shape) * 0.6, leaf.dtype),
-        shapes_of(settings),
-    )
-
-
-def images_of(size=(16, 16), batch=4, seed=5):
-    generator = np.random.default_rng(seed)
-    return jnp.asarray(generator.normal(size=(batch, *size, 3)), jnp.float32)
-
-
-def random_architecture(seed):
-    """Of 28 edges, each operation on at least three."""
-    operations = np.arange(2 * NUM_EDGES) % len(OPERATIONS)
-    shuffled = np.random.default_rng(seed).permutation(operations)
-    return jnp.asarray(shuffled.reshape(2, NUM_EDGES), jnp.int32)
-
-
 def uniform_architecture(name):
     return jnp.full((2, NUM_EDGES), OPERATIONS.index(name), jnp.int32)
-
-
-# In place of labels: a fixed random direction of the logits.
-DIRECTION = np.random.default_rng(11).normal(size=(4, CLASSES)).astype(np.float32)
-
-
-def loss(logits):
-    return jnp.sum(jnp.sin(logits) * DIRECTION)
 
 
 def scanned(params, images, architecture, flag, settings):
@@ -90,76 +54,6 @@ def scanned(params, images, architecture, flag, settings):
 
     def objective(params, images):
         logits = supernet.apply(params, images, architecture, settings=settings, binary=flag)
-        return loss(logits), logits
-
-    return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, images)
-
-
-# The reference: the cells of DARTS edge by edge, plain autodiff, library convolutions.
-
-
-def edge_params(cell, edge, reduction, name):
-    """The slice of the stacked parameters that belongs to one edge of `EDGES`."""
-    inputs = [e for e, (source, _) in enumerate(EDGES) if source < 2]
-    others = [e for e in range(NUM_EDGES) if e not in inputs]
-    if not reduction:
-        group, position = "stride1", edge
-    elif edge in inputs:
-        group, position = "stride2", inputs.index(edge)
-    else:
-        group, position = "stride1", others.index(edge)
-    return jax.tree.map(lambda leaf: leaf[position], cell["edges"][group][name])
-
-
-def reference_network(params, images, architecture, flag, settings):
-    """Logits of a network whose architecture is known before it is traced."""
-    architecture = np.asarray(architecture)
-    operations = settings.operations
-    if operations.formulation == "auto":
-        operations = dataclasses.replace(operations, formulation="native")
-    stem = layers.normalize(
-        lax.conv_general_dilated(
-            images,
-            params["stem"]["kernel"],
-            (1, 1),
-            [(1, 1), (1, 1)],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-    )
-    outputs, channels, larger = [stem, stem], settings.channels, False
-    for position, cell in enumerate(params["cells"]):
-        reduction = position in settings.reductions
-        channels = 2 * channels if reduction else channels
-        nodes = [
-            Preprocess(channels, i == 0 and larger, operations).apply(
-                {"params": cell[f"preprocess{i}"]}, outputs[i - 2], flag
-            )
-            for i in (0, 1)
-        ]
-        for target in (2, 3, 4, 5):
-            total = 0.0
-            for edge, (source, into) in enumerate(EDGES):
-                if into != target:
-                    continue
-                name = OPERATIONS[architecture[int(reduction), edge]]
-                stride = 2 if reduction and source < 2 else 1
-                if name == "none":
-                    pixels = nodes[source][:, ::stride, ::stride]
-                    total = total + jnp.zeros_like(pixels)
-                    continue
-                weights = {"params": edge_params(cell, edge, reduction, name)}
-                operation = make_operation(name, channels, stride, operations)
-                total = total + operation.apply(weights, nodes[source], flag)
-            nodes.append(total)
-        outputs.append(jnp.concatenate(nodes[2:], axis=-1))
-        larger = reduction
-    features = jnp.mean(outputs[-1], (1, 2))
-    return features @ params["classifier"]["kernel"] + params["classifier"]["bias"][None, :]
-
-
-def reference(params, images, architecture, flag, settings):
-    def objective(params, images):
-        logits = reference_network(params, images, architecture, flag, settings)
         return loss(logits), logits
 
     return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, images)
@@ -415,122 +309,6 @@ def test_gradients_under_pmap_and_vmap(results, network):
         got = mapped(params, images, architectures, flags)
         for i, expected in enumerate(results):
             close(jax.tree.map(lambda leaf, i=i: leaf[i], got), expected)
-
-
-# Structure
-
-
-def test_parameter_tree_and_total_from_first_principles():
-    def operations(c, stride):
-        reduce = c * c if stride == 2 else 0
-        return 2 * (9 + 25) * c + 4 * c * c + (9 + 25) * c + 2 * c * c + reduce
-
-    c = THREE_CELLS.channels
-    stem = 3 * c
-    expected = 9 * 3 * stem + (4 * 4 * c + 1) * CLASSES
-    # (channels, edges at stride 1, edges at stride 2, channels of the two inputs)
-    cells = [(c, 14, 0, (stem, stem)), (2 * c, 6, 8, (stem, 4 * c)), (4 * c, 6, 8, (4 * c, 8 * c))]
-    for channels, plain, strided, inputs in cells:
-        expected += plain * operations(channels, 1) + strided * operations(channels, 2)
-        expected += sum(inputs) * channels
-    shapes = shapes_of(THREE_CELLS)
-    # The classifier reads the last cell's four nodes.
-    assert shapes["classifier"]["kernel"].shape == (4 * 4 * c, CLASSES)
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
-    assert set(shapes) == {"stem", "cells", "classifier"}
-    for cell, groups in zip(
-        shapes["cells"], [{"stride1": 14}, *2 * [{"stride1": 6, "stride2": 8}]], strict=True
-    ):
-        assert set(cell) == {"preprocess0", "preprocess1", "edges"}
-        assert set(cell["edges"]) == set(groups)
-        for group, edges in groups.items():
-            assert set(cell["edges"][group]) == set(OPERATIONS)
-            assert {leaf.shape[0] for leaf in jax.tree.leaves(cell["edges"][group])} == {edges}
-
-
-def test_init_depends_on_its_key_alone_and_draws_every_edge_apart():
-    settings = dataclasses.replace(THREE_CELLS, cells=1)
-    init = jax.jit(lambda key: supernet.init(key, settings, (8, 8, 3)), compiler_options=QUICK)
-    # This kind of key compiles in a moment.
-    key, other = (jax.random.key(seed, impl="rbg") for seed in (0, 1))
-    first, second, third = init(key), init(other), init(key)
-    chex.assert_trees_all_equal(first, third)
-    chex.assert_trees_all_equal_shapes_and_dtypes(first, shapes_of(settings))
-    np.testing.assert_array_equal(first["classifier"].pop("bias"), np.zeros(CLASSES))
-    second["classifier"].pop("bias")
-
-    def draws(tree):
-        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-
-    # Draws repeat within a tree by chance alone, and two keys share none of their places.
-    assert np.unique(draws(first)).size > 0.99 * draws(first).size
-    assert np.mean(draws(first) == draws(second)) < 0.01
-
-
-@pytest.mark.parametrize(("size", "expected"), [(8, (8, 4, 2)), (7, (7, 4, 2)), (5, (5, 3, 2))])
-def test_reductions_halve_the_image_and_double_the_channels(size, expected):
-    closed = jax.make_jaxpr(functools.partial(supernet.apply, settings=THREE_CELLS, binary=False))(
-        shapes_of(THREE_CELLS), images_of((size, size)), ARCHITECTURES[0]
-    )
-    cells = [
-        equation.outvars[0].aval.shape
-        for equation in closed.jaxpr.eqns
-        if equation.primitive.name == "concatenate" and equation.outvars[0].aval.ndim == 4
-    ]
-    channels = [4 * c for c in (4, 8, 16)]
-    assert cells[-1] == (4, expected[-1], expected[-1], channels[-1])
-    for resolution, width in zip(expected, channels, strict=True):
-        assert (4, resolution, resolution, width) in cells
-    shapes = supernet.cell_shapes(THREE_CELLS)
-    assert [shape.channels for shape in shapes] == [4, 8, 16]
-    assert [shape.kind for shape in shapes] == ["normal", "reduce", "reduce"]
-    assert [shape.reduce_first_input for shape in shapes] == [False, False, True]
-    assert closed.out_avals[0].shape == (4, CLASSES)
-
-
-def test_static_and_traced_models_have_the_same_output_type():
-    for binary in (True, False):
-        out = jax.eval_shape(
-            functools.partial(supernet.apply, settings=THREE_CELLS, binary=binary),
-            shapes_of(THREE_CELLS),
-            images_of((7, 7)),
-            ARCHITECTURES[0],
-        )
-        assert (out.shape, out.dtype) == ((4, CLASSES), jnp.float32)
-
-
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        np.zeros((2, 13), np.int32),
-        np.zeros((14, 2), np.int32),
-        np.zeros((28,), np.int32),
-        np.zeros((2, 14), np.int8),
-        np.zeros((2, 14), np.float32),
-    ],
-)
-def test_wrong_architectures_are_refused(architecture):
-    with pytest.raises(AssertionError):
-        jax.eval_shape(
-            functools.partial(supernet.apply, settings=THREE_CELLS, binary=True),
-            shapes_of(THREE_CELLS),
-            images_of(),
-            architecture,
-        )
-
-
-@pytest.mark.parametrize(
-    "images", [np.zeros((8, 8, 3), np.float32), np.zeros((4, 8, 8, 3), np.uint8)]
-)
-def test_wrong_images_are_refused(images):
-    with pytest.raises(AssertionError):
-        jax.eval_shape(
-            functools.partial(supernet.apply, settings=THREE_CELLS, binary=True),
-            shapes_of(THREE_CELLS),
-            images,
-            ARCHITECTURES[0],
-        )
 
 
 def test_gradient_step_lowers_for_tpu():

@@ -25,7 +25,6 @@ import json
 import os
 import pathlib
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,19 +32,26 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from step_forms import (
+    OPTIMIZER,
+    Program,
+    Torch,
+    compile_program,
+    edge_group,
+    general_step,
+    num_cores,
+    sampled_names,
+    sampled_params,
+    specialised_rule,
+    specialised_step,
+)
 
-from cpnas_jax.models import layers, supernet
-from cpnas_jax.models.edges import EDGE_GROUPS
+from cpnas_jax.models import supernet
 from cpnas_jax.models.operations import (
     OperationSettings,
-    Preprocess,
-    apply_module,
-    make_operation,
 )
-from cpnas_jax.models.space import EDGES, NUM_EDGES, NUM_INPUTS, NUM_NODES, OPERATIONS
-from cpnas_jax.path_optimizer import OptimizerSettings, PathOptimizer
-from cpnas_jax.search_step import cross_entropy
+from cpnas_jax.models.space import EDGES, NUM_EDGES, OPERATIONS
+from cpnas_jax.path_optimizer import PathOptimizer
 
 MODELS = ("child", "parent")
 FORMS = ("general", "specialised", "pytorch")
@@ -65,16 +71,6 @@ of 1e-6 on the images moved its first loss by 4 to 6 % (four architectures, defa
 parent's by 5e-7. So no whole-network bound can be tight here; the parent's bounds are.
 """
 
-OPTIMIZER = OptimizerSettings(
-    learning_rate=0.1,
-    child_learning_rate=0.1,
-    child_optimizer="sgd",
-    momentum=0.9,
-    weight_decay=3e-4,
-    gradient_clip=5.0,
-    total_steps=100_000,
-)
-
 
 def parse_flags() -> argparse.Namespace:
     """Return the command line's flags."""
@@ -91,178 +87,6 @@ def parse_flags() -> argparse.Namespace:
     if flags.image_size % 4 or min(vars(flags)[k] for k in ("repeats", "architectures")) < 1:
         parser.error("--image-size is a multiple of 4; --repeats and --architectures are positive")
     return flags
-
-
-class Torch:
-    """The PyTorch worker: one line there, one line back."""
-
-    def __init__(self, python: str) -> None:
-        script = pathlib.Path(__file__).with_name("torch_supernet.py")
-        self._process = subprocess.Popen(
-            [python, str(script), str(num_cores())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.facts = self._answer()
-
-    def ask(self, **request) -> dict:
-        """Send a request and wait for its answer."""
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """End the worker."""
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-    def _answer(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("the PyTorch worker ended; --torch-python names a Python with PyTorch")
-        return json.loads(line)
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def edge_group(kind: str, edge: int) -> tuple[str, int, int]:
-    """Return the group of an edge, its row there, and its stride."""
-    for name, group in EDGE_GROUPS[kind].items():
-        if edge in group.edges:
-            return name, group.edges.index(edge), group.stride
-    raise AssertionError(f"edge {edge} is in no group")
-
-
-def sampled_names(architecture: np.ndarray, kind: str) -> list[str]:
-    """Return the operation of every edge of a cell type."""
-    return [OPERATIONS[i] for i in architecture[0 if kind == "normal" else 1]]
-
-
-def sampled_params(params, architecture: np.ndarray, settings: supernet.SupernetSettings):
-    """Return copies of what the path uses: operations by the position of their edge."""
-    cells = []
-    for shape, cell in zip(supernet.cell_shapes(settings), params["cells"], strict=True):
-        edges = {}
-        for edge, name in enumerate(sampled_names(architecture, shape.kind)):
-            group, row, _ = edge_group(shape.kind, edge)
-            edges[str(edge)] = jax.tree.map(lambda x, r=row: x[r], cell["edges"][group][name])
-        cells.append({**cell, "edges": edges})
-    return {**params, "cells": tuple(cells)}
-
-
-def specialised_logits(params, images, architecture, settings, binary: bool):
-    """Return the logits of one architecture, every sampled operation written out."""
-    operations = settings.operations
-    stem = layers.normalize(layers.conv_3x3(images, params["stem"]["kernel"]))
-    previous, current = stem, stem
-    for shape, cell in zip(supernet.cell_shapes(settings), params["cells"], strict=True):
-        nodes = []
-        for i, x in enumerate((previous, current)):
-            entry = Preprocess(shape.channels, i == 0 and shape.reduce_first_input, operations)
-            nodes.append(apply_module(entry, cell[f"preprocess{i}"], x, binary))
-        names = sampled_names(architecture, shape.kind)
-        stride = 2 if shape.kind == "reduce" else 1
-        n, height, width, c = nodes[0].shape
-        for target in range(NUM_INPUTS, NUM_NODES):
-            total = None
-            for edge in range(NUM_EDGES):
-                if EDGES[edge][1] != target or names[edge] == "none":
-                    continue
-                _, _, edge_stride = edge_group(shape.kind, edge)
-                module = make_operation(names[edge], shape.channels, edge_stride, operations)
-                y = apply_module(module, cell["edges"][str(edge)], nodes[EDGES[edge][0]], binary)
-                total = y if total is None else total + y
-            if total is None:
-                total = jnp.zeros((n, height // stride, width // stride, c), images.dtype)
-            nodes.append(total)
-        previous, current = current, jnp.concatenate(nodes[NUM_INPUTS:], axis=-1)
-    features = jnp.mean(current, axis=(1, 2))
-    return jnp.dot(features, params["classifier"]["kernel"]) + params["classifier"]["bias"][None]
-
-
-@dataclasses.dataclass
-class Program:
-    """A compiled step with its state; calling it moves the state on."""
-
-    compiled: jax.stages.Compiled
-    facts: dict
-
-    def step(self, state, *arguments):
-        """Return the new state and what was measured."""
-        start = time.perf_counter()
-        state, loss, norm = jax.block_until_ready(self.compiled(state, *arguments))
-        seconds = time.perf_counter() - start
-        return state, {"seconds": seconds, "loss": float(loss), "gradient_norm": float(norm)}
-
-
-def compile_program(function, *arguments) -> Program:
-    """Compile with the state donated; keep the times and XLA's account of memory."""
-    start = time.perf_counter()
-    lowered = jax.jit(function, donate_argnums=(0,)).lower(*arguments)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    end = time.perf_counter()
-    memory = compiled.memory_analysis()
-    facts = {
-        "trace_seconds": traced - start,
-        "compile_seconds": end - traced,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-    }
-    return Program(compiled, facts)
-
-
-def general_step(settings: supernet.SupernetSettings, optimizer: PathOptimizer):
-    """Return the step of every architecture and both models."""
-
-    def step(state, images, labels, number, architecture, binary):
-        params, before = state
-
-        def loss_of(params):
-            logits = supernet.apply(params, images, architecture, settings=settings, binary=binary)
-            return cross_entropy(logits, labels)
-
-        loss, gradients = jax.value_and_grad(loss_of)(params)
-        after = optimizer.update(
-            gradients, before, params, architecture=architecture, binary=binary, step=number
-        )
-        return after, loss, optax.global_norm(gradients)
-
-    return step
-
-
-def specialised_rule() -> optax.GradientTransformation:
-    """Return the optimizer of a fixed path: the same rule on fewer parameters."""
-    return optax.chain(
-        optax.clip_by_global_norm(OPTIMIZER.gradient_clip),
-        optax.add_decayed_weights(OPTIMIZER.weight_decay),
-        optax.sgd(
-            optax.cosine_decay_schedule(OPTIMIZER.learning_rate, OPTIMIZER.total_steps),
-            OPTIMIZER.momentum,
-        ),
-    )
-
-
-def specialised_step(settings: supernet.SupernetSettings, architecture: np.ndarray, binary: bool):
-    """Return the step of one architecture and one model."""
-    rule = specialised_rule()
-
-    def step(state, images, labels):
-        params, before = state
-
-        def loss_of(params):
-            logits = specialised_logits(params, images, architecture, settings, binary)
-            return cross_entropy(logits, labels)
-
-        loss, gradients = jax.value_and_grad(loss_of)(params)
-        updates, after = rule.update(gradients, before, params)
-        return (optax.apply_updates(params, updates), after), loss, optax.global_norm(gradients)
-
-    return step
 
 
 class Benchmark:

@@ -22,14 +22,18 @@ from torch.nn import functional
 BATCH_NORM_EPSILON = 1e-3
 
 
-class ActivationSign(torch.autograd.Function):
-    """Sign with sign(0) = +1; the Bi-Real derivative 2 - 2|x| inside [-1, 1]."""
+class Sign(torch.autograd.Function):
+    """Sign with sign(0) = +1, without a derivative."""
 
     @staticmethod
     def forward(ctx, x):
         """Return the signs of x."""
         ctx.save_for_backward(x)
         return torch.where(x >= 0, 1.0, -1.0)
+
+
+class ActivationSign(Sign):
+    """The Bi-Real derivative, 2 - 2|x| inside [-1, 1]."""
 
     @staticmethod
     def backward(ctx, cotangent):
@@ -38,14 +42,8 @@ class ActivationSign(torch.autograd.Function):
         return x.abs().mul_(-2).add_(2).clamp_(min=0).mul_(cotangent)
 
 
-class WeightSign(torch.autograd.Function):
-    """Sign with sign(0) = +1; the gradient passes where |H| <= 1."""
-
-    @staticmethod
-    def forward(ctx, x):
-        """Return the signs of x."""
-        ctx.save_for_backward(x)
-        return torch.where(x >= 0, 1.0, -1.0)
+class WeightSign(Sign):
+    """The gradient passes where |H| <= 1."""
 
     @staticmethod
     def backward(ctx, cotangent):

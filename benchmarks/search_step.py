@@ -66,9 +66,8 @@ NORM_TOLERANCE = 1e-2
 PYTORCH_CHILD_TOLERANCE = 0.1
 """Of the child's loss and gradient norm in PyTorch: no more than a sanity check.
 
-Rounding flips signs, and an untrained deep child amplifies that: in PyTorch alone a relative noise
-of 1e-6 on the images moved its first loss by 4 to 6 % (four architectures, default size), the
-parent's by 5e-7. So no whole-network bound can be tight here; the parent's bounds are.
+Rounding flips signs, and an untrained deep child amplifies that. So no bound on the whole network
+can be tight here; the parent's bounds are.
 """
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,8 +115,14 @@ def shrink(config: config_dict.ConfigDict) -> None:
     )
 
 
-# Keys that do not decide a search's result: another value continues the same run.
-_INDIFFERENT = ("mode", "dataset.data_dir", "runtime")
+# Keys that do not decide a search's result, bit by bit: another value continues the same run.
+_INDIFFERENT = (
+    "mode",
+    "dataset.data_dir",
+    "runtime.steps_per_call",
+    "runtime.keep_checkpoints",
+    "runtime.compilation_cache",
+)
 
 
 def flatten(config: config_dict.ConfigDict) -> dict[str, Any]:
@@ -136,11 +143,7 @@ def flatten(config: config_dict.ConfigDict) -> dict[str, Any]:
 
 def deciding_keys(config: config_dict.ConfigDict) -> dict[str, Any]:
     """Return the flat keys that decide the result of a search."""
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if not any(key == name or key.startswith(f"{name}.") for name in _INDIFFERENT)
-    }
+    return {key: value for key, value in flatten(config).items() if key not in _INDIFFERENT}
 
 
 def config_hash(config: config_dict.ConfigDict) -> str:
@@ -165,8 +168,9 @@ def _is_number(value: Any) -> bool:
     return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
 
 
-def _integer(low: int) -> _Rule:
-    return _Rule(lambda v: _is_integer(v) and v >= low, f"an integer, at least {low}")
+def _integer(low: int, high: int = 2**31 - 1) -> _Rule:
+    words = f"an integer, at least {low}" + (f" and at most {high}" if high < 2**31 - 1 else "")
+    return _Rule(lambda v: _is_integer(v) and low <= v <= high, words)
 
 
 def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> _Rule:
@@ -185,37 +189,37 @@ def _boolean() -> _Rule:
     return _Rule(lambda v: isinstance(v, bool), "True or False")
 
 
-def _text(empty: bool) -> _Rule:
-    return _Rule(lambda v: isinstance(v, str) and (empty or v != ""), "a string")
-
-
 def _is_operations(value: Any) -> bool:
     return (
         isinstance(value, tuple)
         and len(value) >= 2
+        and all(isinstance(name, str) and name in OPERATIONS for name in value)
         and len(set(value)) == len(value)
-        and all(name in OPERATIONS for name in value)
     )
 
 
 _RULES = {
     "mode": _one_of(MODES),
     "seed": _Rule(lambda v: _is_integer(v) and 0 <= v < 2**31, "an integer from 0 to 2**31 - 1"),
-    "dataset.name": _text(empty=False),
-    "dataset.data_dir": _text(empty=True),
-    "dataset.image_size": _integer(0),
+    "dataset.name": _Rule(
+        lambda v: isinstance(v, str) and re.fullmatch(r"\w+(/[\w.-]+)?", v) is not None,
+        "the name of a tfds set, such as cifar10 or name/config",
+    ),
+    "dataset.data_dir": _Rule(lambda v: isinstance(v, str), "a string"),
+    "dataset.image_size": _integer(0, 1024),
     "dataset.examples": _integer(0),
     "dataset.validation_fraction": _Rule(lambda v: _is_number(v) and 0 < v < 1, "between 0 and 1"),
     "dataset.crop_padding": _integer(0),
     "dataset.flip": _boolean(),
     "search.strategy": _one_of(STRATEGIES),
-    "search.beta_p": _Rule(_is_number, "a finite number"),
+    # Beyond, float32 alpha could not be checked against eq. 4.16 with any sense.
+    "search.beta_p": _number(-100, 100),
     "search.rounds": _integer(1),
     "search.operations": _Rule(
         _is_operations, f"a tuple of at least 2 different names of {', '.join(OPERATIONS)}"
     ),
-    "search.cells": _integer(1),
-    "search.channels": _integer(1),
+    "search.cells": _integer(1, 100),
+    "search.channels": _integer(1, 4096),
     "search.reductions": _Rule(
         lambda v: isinstance(v, tuple) and all(map(_is_integer, v)) and list(v) == sorted(set(v)),
         "a tuple of increasing cell positions",
@@ -224,12 +228,12 @@ _RULES = {
     "search.binary_preprocess": _boolean(),
     "search.batch_size": _integer(1),
     "search.score_batch_size": _integer(1),
-    "search.learning_rate": _number(0, open_low=True),
+    "search.learning_rate": _number(0, 1000, open_low=True),
     "search.momentum": _Rule(lambda v: _is_number(v) and 0 <= v < 1, "in [0, 1)"),
     "search.weight_decay": _number(0),
     "search.gradient_clip": _number(0, open_low=True),
     "search.child_optimizer": _one_of(OPTIMIZERS),
-    "search.child_learning_rate": _number(0, open_low=True),
+    "search.child_learning_rate": _number(0, 1000, open_low=True),
     "search.edge_policy": _one_of(EDGE_POLICIES),
     "binarizer.activation_estimator": _one_of(ESTIMATORS),
     "binarizer.weight_estimator": _one_of(ESTIMATORS),
@@ -291,7 +295,7 @@ def check_flags(argv: Sequence[str]) -> None:
             continue
         if name == "config":
             path = (value if equals else following).partition(":")[0]
-            if path and not path.startswith("-") and not os.path.isfile(path):
+            if not path.startswith("-") and not os.path.isfile(path):
                 raise UserError(f"--config={path} is no file; the configs are in configs/")
         elif name.startswith("config."):
             key = name.removeprefix("config.")
@@ -299,6 +303,19 @@ def check_flags(argv: Sequence[str]) -> None:
                 near = difflib.get_close_matches(key, RULED_KEYS, n=1)
                 hint = f"did you mean config.{near[0]}?" if near else "see cpnas_jax/config.py"
                 raise UserError(f"config.{key} is not a key; {hint}")
+
+
+def explain(message: str) -> str:
+    """Add to an error of a flag's value what the value must be."""
+    # ml_collections puts the traceback of a config file's own error into the message.
+    if "Traceback (most recent call last)" in message:
+        # The last unindented "Type: text"; the text may go over several lines.
+        last = re.split(r"\n(?=[\w.]+: )", message)[-1]
+        message = "the config file raises " + " ".join(last.split())
+    found = re.search(r"--config\.([\w.]+)", message)
+    if not found or found[1] not in _RULES:
+        return message
+    return f"{message}; config.{found[1]} must be {_RULES[found[1]].words}"
 
 
 RULED_KEYS = frozenset(_RULES)

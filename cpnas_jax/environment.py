@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from cpnas_jax import __version__
+from cpnas_jax.runtime.errors import UserError
 
 _IMPORTED = time.monotonic()
 
@@ -31,6 +32,37 @@ def process_start() -> float:
     except (OSError, ValueError, IndexError):
         return _IMPORTED
     return time.monotonic() - max(age, time.monotonic() - _IMPORTED)
+
+
+def device_count() -> int:
+    """Return the number of devices of all processes.
+
+    Raises:
+        UserError: JAX finds none, such as where JAX_PLATFORMS names a platform that is not there.
+    """
+    try:
+        return jax.device_count()
+    # JAX reports a missing platform by several types, AssertionError among them.
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        raise UserError(
+            f"JAX finds no device (JAX_PLATFORMS is {asked!r}): {' '.join(str(error).split())}"
+        ) from error
+
+
+def device_memory() -> int | None:
+    """Return the bytes a local device has, or None where the platform does not tell.
+
+    CPU devices share the machine's memory.
+    """
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        try:
+            whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (ValueError, OSError):
+            return None
+        return whole // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def record() -> dict[str, Any]:

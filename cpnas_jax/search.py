@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from cpnas_jax import environment, figures
 from cpnas_jax.architecture.alpha import restart, update_alpha
-from cpnas_jax.architecture.edge_policy import derive
+from cpnas_jax.architecture.edge_policy import Derivation, derive
 from cpnas_jax.architecture.events import sample_line, stage_line
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.indicator import child_parent_score, drop_worst, indicator
@@ -28,9 +28,11 @@ from cpnas_jax.architecture.sampling import (
 )
 from cpnas_jax.config import config_hash, deciding_keys, flatten
 from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
+from cpnas_jax.models.space import CELL_TYPES
 from cpnas_jax.path_optimizer import CHILD, PARENT
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
+from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.workdir import History, Workdir
 from cpnas_jax.search_networks import EpochResult, Networks
 from cpnas_jax.search_text import plan_text, stage_text
@@ -94,11 +96,16 @@ def search(
         UserError: see the errors of the data, the workdir and the checkpoints.
     """
     started = environment.process_start()
-    directory = Workdir(workdir)
+    with Workdir(workdir) as directory:
+        return _search(config, directory, reporter, started)
+
+
+def _search(
+    config: config_dict.ConfigDict, directory: Workdir, reporter: Reporter, started: float
+) -> Genotype:
     directory.refuse_other(deciding_keys(config))
-    genotype_path = directory.path / "genotype.json"
-    if genotype_path.exists():
-        genotype = Genotype.load(genotype_path)
+    genotype = _finished(directory, config)
+    if genotype is not None:
         reporter.say(f"The search in {directory.path} is finished; nothing is run again.")
         reporter.say(figures.cell_tables(genotype))
         return genotype
@@ -109,19 +116,35 @@ def search(
     train, validation = train_validation_parts(split, dataset.validation_fraction, config.seed)
     total = num_sampled_epochs(config.search.rounds, len(config.search.operations))
     networks = Networks(config, train, validation, total, started)
-    directory.claim(flatten(config), environment.record())
-    reporter.say(plan_text(config, train, validation, total, networks.steps_per_epoch))
-
     checkpoints = Checkpoints(
         directory.path / "search" / "checkpoints", config.runtime.keep_checkpoints
     )
-    try:
+    with checkpoints:
         run = _Run(config, networks, directory, checkpoints, reporter, total)
+        reporter.say(plan_text(config, train, validation, total, networks.steps_per_epoch))
         run.resume_or_start()
         run.go_on()
-    finally:
-        checkpoints.close()
     return run.finish(train.name)
+
+
+def _finished(directory: Workdir, config: config_dict.ConfigDict) -> Genotype | None:
+    """Return the genotype of a finished search of this config, if the workdir holds it."""
+    path = directory.path / "genotype.json"
+    if not path.exists():
+        return None
+    try:
+        genotype = Genotype.load(path)
+    except UserError as error:
+        raise UserError(
+            f"{error}. Delete it: the same command writes it again from the checkpoint"
+        ) from error
+    found, expected = dict(genotype.provenance).get("config_hash"), config_hash(config)
+    if found != expected:
+        raise UserError(
+            f"{path} is not of this config (its config_hash is {found!r}, here {expected!r}); "
+            "move it away or use another --workdir"
+        )
+    return genotype
 
 
 class _Run:
@@ -143,9 +166,25 @@ class _Run:
         self.history_path = directory.path / "search" / "history.jsonl"
 
     def resume_or_start(self) -> None:
-        """Take up the newest checkpoint, or begin with fresh weights and an empty history."""
+        """Take up the newest checkpoint, or begin with fresh weights and an empty history.
+
+        Raises:
+            UserError: the checkpoint is another config's.
+        """
         states = self.networks.initial_state()
         found = self.checkpoints.restore_newest({**states, **self.progress.arrays()})
+        if found is not None and found.record["config_hash"] != config_hash(self.config):
+            raise UserError(
+                f"the checkpoints in {self.directory.path} are not of this config (config_hash "
+                f"{found.record['config_hash']!r}, here {config_hash(self.config)!r}); use "
+                "another --workdir"
+            )
+        changes = self.directory.claim(flatten(self.config), environment.record())
+        if changes:
+            self.reporter.say(
+                f"Begun elsewhere: {'; '.join(changes)}. The search goes on, but need not end "
+                "bitwise as it would have there."
+            )
         if found is None:
             self.history = History(self.history_path, [])
         else:
@@ -264,6 +303,7 @@ class _Run:
         record = {
             "position": dataclasses.asdict(self.progress.position),
             "history": self.history.lines,
+            "config_hash": config_hash(self.config),
         }
         self.checkpoints.save(self.progress.position.epoch, state, record)
 
@@ -288,7 +328,7 @@ class _Run:
             checked.compared,
             config.search.edge_policy,
             indicator=indicator(
-                dict(zip(("normal", "reduce"), checked.mean_z, strict=True)), checked.compared
+                dict(zip(CELL_TYPES, checked.mean_z, strict=True)), checked.compared
             ),
             provenance={
                 "config_hash": config_hash(config),
@@ -302,23 +342,26 @@ class _Run:
         path = self.directory.path
         drawings = figures.draw_cells(genotype, path) + figures.draw_accuracies(lines, path)
         self.reporter.say(figures.cell_tables(genotype))
-        self._write_results(genotype, lines)
+        self._write_results(derivation, lines)
         genotype.save(path / "genotype.json")
         self.reporter.say(
             f"Wrote {path / 'genotype.json'} and {', '.join(p.name for p in drawings)}."
         )
         return genotype
 
-    def _write_results(self, genotype: Genotype, lines: list[dict[str, Any]]) -> None:
+    def _write_results(self, derivation: Derivation, lines: list[dict[str, Any]]) -> None:
         samples = [line for line in lines if line["event"] == "sample"]
         timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
         results = self.directory.read_json("results.json") or {}
         results["search"] = {
             "sampled_epochs": len(samples),
+            # Of the sampled epochs; starting and compiling the training program not included.
             "seconds": sum(line["seconds"] for line in samples),
             "last_child_accuracy": samples[-1]["child_accuracy"],
             "last_parent_accuracy": samples[-1]["parent_accuracy"],
-            "operation_counts": genotype.operation_counts(),
+            "operation_counts": derivation.genotype.operation_counts(),
+            # Edges that are not as the search left them, such as those of a dead node.
+            "restored": [str(restored) for restored in derivation.restored],
             # Two runs took the same way exactly if these agree; durations are left out.
             "history_sha256": hashlib.sha256(json.dumps(timeless).encode()).hexdigest(),
             "config_hash": config_hash(self.config),

@@ -9,7 +9,10 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
+from cpnas_jax import environment
+from cpnas_jax.architecture.sampling import SHAPE
 from cpnas_jax.data.datasets import Split, channel_statistics
+from cpnas_jax.data.order import weights_key
 from cpnas_jax.models import supernet
 from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.operations import OperationSettings
@@ -60,6 +63,29 @@ class EpochResult:
     accuracy: float
 
 
+def _check_sizes(
+    config: config_dict.ConfigDict, train: Split, validation: Split, num_devices: int
+) -> None:
+    """Compare the config's sizes with those of the data.
+
+    Raises:
+        UserError: one is too large; its key is named.
+    """
+    search = config.search
+    largest = -(-len(validation.labels) // num_devices) * num_devices
+    if search.score_batch_size > largest:
+        raise UserError(
+            f"config.search.score_batch_size is {search.score_batch_size}; the validation part has "
+            f"only {len(validation.labels)} images"
+        )
+    side = min(train.images.shape[1:3])
+    if config.dataset.crop_padding > side:
+        raise UserError(
+            f"config.dataset.crop_padding is {config.dataset.crop_padding}; it must be at most the "
+            f"images' {side} pixels a side"
+        )
+
+
 class Networks:
     """Both models with everything that is compiled or lives on a device."""
 
@@ -81,7 +107,7 @@ class Networks:
             started: `time.monotonic()` when the run began, for the time to the first step.
 
         Raises:
-            UserError: the training part has less than one batch.
+            UserError: sizes of the config that the data or the memory do not allow.
         """
         search = config.search
         self._num_devices = jax.device_count()
@@ -91,6 +117,7 @@ class Networks:
                 f"config.search.batch_size is {search.batch_size}; the training part has only "
                 f"{len(train.labels)} images"
             )
+        _check_sizes(config, train, validation, self._num_devices)
         self._batch_size = search.batch_size
         self._seed = config.seed
         self._compiler_options = (
@@ -114,6 +141,8 @@ class Networks:
                 total_steps=total_steps,
             )
         )
+        self._init = jax.jit(self._initial_model)
+        self._check_memory()
         step = StepSettings(
             supernet=self._settings,
             batch_size=search.batch_size,
@@ -121,7 +150,6 @@ class Networks:
             crop_padding=config.dataset.crop_padding,
             flip=config.dataset.flip,
             steps_per_epoch=self.steps_per_epoch,
-            total_steps=total_steps,
         )
         self._train = pmap_donated(make_train_call(step, self._optimizer))
         self._score = pmap_kept(
@@ -141,13 +169,28 @@ class Networks:
         self._started = started
         self.first_step_seconds: float | None = None
 
+    def _check_memory(self) -> None:
+        """Refuse a supernet whose weights alone do not fit, before anything of it is made."""
+        shapes = jax.eval_shape(
+            lambda key: supernet.init(key, self._settings, self._image_shape),
+            jax.eval_shape(lambda: jax.random.key(0)),
+        )
+        weights = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
+        # Weights and momentum of both models, gradients of one.
+        needed = (2 * len(MODELS) + 1) * weights
+        available = environment.device_memory()
+        if available is not None and needed > available:
+            raise UserError(
+                f"weights and optimizers need at least {needed / 2**30:.1f} GiB, a device has "
+                f"{available / 2**30:.1f}; lower config.search.channels, config.search.cells or "
+                "the number of config.search.reductions"
+            )
+
     def initial_state(self) -> dict[str, ModelState]:
         """Return the state of both models before the first epoch, in host memory."""
-        init = jax.jit(self._initial_model)
-
         key = jax.random.key(self._seed)
         return {
-            name: jax.device_get(init(jax.random.fold_in(key, number)))
+            name: jax.device_get(self._init(weights_key(key, number)))
             for number, name in enumerate(MODELS)
         }
 
@@ -165,7 +208,7 @@ class Networks:
 
     def compile(self) -> None:
         """Compile the training program; that of scoring follows at its first use."""
-        call = self._call(CHILD, np.zeros((2, 14), np.int32), 0, 0, 1)
+        call = self._call(CHILD, np.zeros(SHAPE, np.int32), 0, 0, 1)
         self._compiled("train", self._train, self._states[CHILD], self._examples["train"], call)
 
     def _compiled(self, name: str, function: Any, *arguments: Any) -> Any:

@@ -85,7 +85,6 @@ class StepSettings:
         crop_padding: border of the random crop.
         flip: whether images are mirrored at random.
         steps_per_epoch: n // batch_size.
-        total_steps: of the whole search, for each model; the cosine ends there.
     """
 
     supernet: SupernetSettings
@@ -94,7 +93,6 @@ class StepSettings:
     crop_padding: int
     flip: bool
     steps_per_epoch: int
-    total_steps: int
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

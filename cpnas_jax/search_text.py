@@ -22,7 +22,7 @@ def plan_text(
     size = "x".join(map(str, train.images.shape[1:]))
     return "\n".join(
         [
-            f"Searching on {train.name}: {len(train.labels)} training and "
+            f"Searching by {search.strategy} on {train.name}: {len(train.labels)} training and "
             f"{len(validation.labels)} validation images of {size}, "
             f"{train.num_classes} classes; the test split stays closed.",
             f"Supernet: {search.cells} cells (reductions at "

@@ -69,8 +69,8 @@ def sampled_matrices(params, architecture):
 
 
 @functools.cache
-def compiled_update():
-    optimizer = PathOptimizer(OPTIMIZER)
+def compiled_update(settings=OPTIMIZER):
+    optimizer = PathOptimizer(settings)
 
     def update(gradients, state, params, architecture, binary, step):
         return optimizer.update(

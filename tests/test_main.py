@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from absl import flags
@@ -39,7 +41,13 @@ def call(monkeypatch):
     [
         ((MNIST, "--config.search.nope=1"), 1, ["config.search.nope is not a key"]),
         ((MNIST, "--config.search.round=1"), 1, ["did you mean config.search.rounds?"]),
-        ((MNIST, "--config.search.rounds=abc"), 1, ["config.search.rounds", "abc"]),
+        ((MNIST, "--config.search.rounds=abc"), 1, ["config.search.rounds", "abc", "at least 1"]),
+        ((MNIST, "--config.search.beta_p=1e300"), 1, ["config.search.beta_p is 1e+300", "-100"]),
+        (
+            (MNIST, "--config.dataset.validation_fraction=1e-9"),
+            1,
+            ["dataset.validation_fraction=1e-09 leaves an empty part"],
+        ),
         ((MNIST, "--config.search.rounds=0"), 1, ["config.search.rounds is 0", "at least 1"]),
         ((MNIST, "--config.search.beta_p=nan"), 1, ["config.search.beta_p is nan"]),
         ((MNIST, "--config.search.batch_size=30"), 1, ["search.batch_size is 30", "8 devices"]),
@@ -117,8 +125,22 @@ def test_help_says_how_to_call_it(flag, capsys, call):
             "    return config\n",
             "config.search.rounds is missing",
         ),
+        ("def get_config(argument=None):\n    raise SystemExit(7)\n", "cannot be read: 7"),
+        ("def get_config(argument=None):\n    pass\n", "gives no ConfigDict but NoneType"),
+        ("def get_config(argument=None):\n    return 3\n", "gives no ConfigDict but int"),
+        (
+            "from cpnas_jax.config import base_config\n"
+            "def get_config(argument=None):\n"
+            "    config = base_config()\n"
+            "    config.seed = {}\n"
+            "    return config\n",
+            "the config file raises TypeError",
+        ),
     ],
-    ids=["syntax", "exception", "unknown key", "added key", "missing key"],
+    ids=[
+        *("syntax", "exception", "unknown key", "added key", "missing key"),
+        *("exit", "none", "number", "type error"),
+    ],
 )
 def test_a_config_file_with_a_mistake(content, words, tmp_path, capsys, call):
     (tmp_path / "mine.py").write_text(content)
@@ -171,9 +193,37 @@ def test_an_interruption_is_one_line(tmp_path, capsys, monkeypatch, call):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "search", interrupted)
+    monkeypatch.setitem(main._MODES, "search", interrupted)
     assert call(MNIST, f"--workdir={tmp_path}") == 1
     assert capsys.readouterr().err == "error: interrupted; the same command resumes\n"
+
+
+def test_a_platform_that_is_not_there(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "cpnas_jax.main", MNIST, f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "nonsense"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "JAX finds no device (JAX_PLATFORMS is 'nonsense')" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_importing_is_no_traceback(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cpnas_jax.main", MNIST, f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in error
 
 
 def test_a_missing_extra_is_named(tmp_path):

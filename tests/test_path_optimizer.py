@@ -1,5 +1,6 @@
 """The optimizer of a path against numpy."""
 
+import dataclasses
 import math
 
 import jax
@@ -15,7 +16,8 @@ from cpnas_jax.path_optimizer import CHILD, PARENT, PathOptimizer
 class NumpyOptimizer:
     """Clip, weight decay, momentum or Adam, and the cosine, leaf by leaf in float64."""
 
-    def __init__(self, params):
+    def __init__(self, params, child_optimizer):
+        self.child_optimizer = child_optimizer
         self.params = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
         zeros = [np.zeros_like(leaf) for leaf in self.params]
         names = ("momentum", "first", "second", "count")
@@ -30,7 +32,7 @@ class NumpyOptimizer:
         for i, (gradient, use) in enumerate(zip(gradients, jax.tree.leaves(sampled), strict=True)):
             slot = {name: values[i] for name, values in self.slots.items()}
             g = (gradient * factor)[use]
-            if binary:
+            if binary and self.child_optimizer == "adam":
                 slot["count"][use] += 1
                 slot["first"][use] = 0.9 * slot["first"][use] + 0.1 * g
                 slot["second"][use] = 0.999 * slot["second"][use] + 0.001 * g**2
@@ -46,10 +48,12 @@ class NumpyOptimizer:
 
 @pytest.mark.parametrize("binary", [True, False], ids=[CHILD, PARENT])
 @pytest.mark.parametrize("scale", [1e-3, 1.0], ids=["below the clip", "clipped"])
-def test_updates_are_those_written_out_in_numpy(binary, scale):
+@pytest.mark.parametrize("child_optimizer", ["adam", "sgd"])
+def test_updates_are_those_written_out_in_numpy(binary, scale, child_optimizer):
+    settings = dataclasses.replace(OPTIMIZER, child_optimizer=child_optimizer)
     params = random_like(shapes(), 0)
-    state = jax.tree.map(np.asarray, jax.jit(PathOptimizer(OPTIMIZER).init)(params))
-    oracle = NumpyOptimizer(params)
+    state = jax.tree.map(np.asarray, jax.jit(PathOptimizer(settings).init)(params))
+    oracle = NumpyOptimizer(params, child_optimizer)
     for step in range(4):
         architecture = random_architecture(step)
         sampled = sampled_tree(params, architecture)
@@ -63,7 +67,7 @@ def test_updates_are_those_written_out_in_numpy(binary, scale):
         assert (norm > OPTIMIZER.gradient_clip) == (scale == 1.0)
         # Far steps of the cosine too.
         position = np.int32(3 * step)
-        params, state = compiled_update()(
+        params, state = compiled_update(settings)(
             gradients, state, params, architecture, np.asarray(binary), position
         )
         oracle.update(gradients, sampled, binary, 3 * step)

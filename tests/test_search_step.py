@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import QUICK, random_architecture
+from jax import export
 from path_cases import (
     CLASSES,
     NETWORK,
@@ -22,6 +23,7 @@ from path_cases import (
 from cpnas_jax.data.augment import normalise, random_crop_flip
 from cpnas_jax.data.order import step_key
 from cpnas_jax.models import supernet
+from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.path_optimizer import CHILD, PARENT, PathOptimizer
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
 from cpnas_jax.search_step import (
@@ -67,7 +69,6 @@ STEP = StepSettings(
     crop_padding=1,
     flip=True,
     steps_per_epoch=TRAINING // BATCH,
-    total_steps=OPTIMIZER.total_steps,
 )
 
 
@@ -300,3 +301,31 @@ def test_scoring_counts_every_example_once(score, answers):
 def test_scoring_is_a_count_of_right_answers(score, answers):
     labels = random_examples(SCORED, 9).labels
     assert (score(labels) == (answers == labels).sum()).all()
+
+
+@pytest.mark.parametrize("child_optimizer", ["adam", "sgd"])
+def test_the_pmapped_programs_lower_for_tpu(child_optimizer):
+    """With everything in them: crop, order, optimizer, collectives, on eight devices."""
+    network = dataclasses.replace(NETWORK, operations=OperationSettings(formulation="native"))
+    optimizer = PathOptimizer(dataclasses.replace(OPTIMIZER, child_optimizer=child_optimizer))
+    params = shapes()
+    state = ModelState(params, jax.eval_shape(optimizer.init, params))
+
+    def on_devices(tree):
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((DEVICES, *leaf.shape), leaf.dtype), tree
+        )
+
+    examples = on_devices(random_examples(TRAINING, 7))
+    call = on_devices(call_of(random_architecture(0)))
+    train_call = make_train_call(dataclasses.replace(STEP, supernet=network), optimizer)
+    score_call = make_score_call(network, SCORED, BATCH, DEVICES)
+    for function, first in (
+        (pmap_donated(train_call), state),
+        (pmap_kept(score_call), params),
+    ):
+        exported = export.export(jax.jit(function), platforms=["tpu"])(
+            on_devices(first), examples, call
+        )
+        assert (exported.platforms, exported.nr_devices) == (("tpu",), DEVICES)
+        assert "stablehlo.all_reduce" in exported.mlir_module()

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from etils import epath
 
 from cpnas_jax.models.space import (
     CELL_TYPES,
@@ -20,6 +19,7 @@ from cpnas_jax.models.space import (
 )
 from cpnas_jax.runtime.atomic import write_atomically
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.paths import user_path
 
 EdgePolicy: TypeAlias = Literal["all", "top2"]
 EDGE_POLICIES: tuple[EdgePolicy, ...] = ("all", "top2")
@@ -178,7 +178,7 @@ class Genotype:
         """
         name = os.fspath(path)
         try:
-            text = epath.Path(path).read_bytes().decode()
+            text = user_path("genotype", path).read_bytes().decode()
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise UserError(f"{name}: cannot be read ({reason}); give a genotype file") from error

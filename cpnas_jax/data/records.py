@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.paths import user_path
 
 # Records fetched in one call: enough to amortise the call, few enough to keep the peak memory low.
 _READ_BATCH = 4096
@@ -49,7 +50,7 @@ def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> epath.Path:
     tfds reads TFDS_DATA_DIR once, at its import; here the variable is read at each call.
     """
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return epath.Path(chosen).expanduser()
+    return user_path("config.dataset.data_dir", chosen)
 
 
 def one_line(error: BaseException) -> str:
@@ -179,9 +180,9 @@ def _not_prepared(name: str, root: epath.Path) -> str:
     if configs:
         there = f"its configurations there: {', '.join(f'{name}/{config}' for config in configs)}"
     return (
-        f"dataset.name={name} is not prepared under {root} ({there}); to prepare it: "
+        f"config.dataset.name={name} is not prepared under {root} ({there}); to prepare it: "
         f'pip install "cpnas_jax[prepare]" && {_build_command(name, root)}; '
-        "for another place set dataset.data_dir or TFDS_DATA_DIR"
+        "for another place set config.dataset.data_dir or TFDS_DATA_DIR"
     )
 
 
@@ -233,7 +234,7 @@ def _supervised_keys(name: str, builder: Any) -> tuple[str, str]:
         or image.np_dtype != np.uint8
     ):
         raise UserError(
-            f"dataset.name={name} is no image classification set: "
+            f"config.dataset.name={name} is no image classification set: "
             f"{keys[0]!r} must be an image of uint8 and {keys[1]!r} a class label"
         )
     return keys[0], keys[1]

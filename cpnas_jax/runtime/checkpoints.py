@@ -4,18 +4,27 @@ Orbax stores the arrays; beside them lie a JSON record and a SHA-256 digest of t
 the digest a flipped byte restores silently as other numbers.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import json
+import logging
 import os
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 
 from cpnas_jax.runtime.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +42,31 @@ class Restored:
     record: dict[str, Any]
 
 
+def silence_orphans() -> None:
+    """Keep a failed save to the one error that is raised.
+
+    When one write of a save fails, orbax closes its event loop under all the others; each of them
+    then prints a traceback of its own, hundreds in all, and orbax logs what it also raises.
+    """
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    usual, usual_unraisable = sys.excepthook, sys.unraisablehook
+
+    def is_orphan(value: BaseException | None) -> bool:
+        return isinstance(value, RuntimeError) and str(value) == "Event loop is closed"
+
+    def hook(
+        kind: type[BaseException], value: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if not is_orphan(value):
+            usual(kind, value, traceback)
+
+    def unraisable(raised: "sys.UnraisableHookArgs") -> None:
+        if not is_orphan(raised.exc_value):
+            usual_unraisable(raised)
+
+    sys.excepthook, sys.unraisablehook = hook, unraisable
+
+
 def digest(state: Any) -> str:
     """Return the SHA-256 of a tree's structure, dtypes, shapes and bytes."""
     sha = hashlib.sha256()
@@ -41,6 +75,10 @@ def digest(state: Any) -> str:
         sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};".encode())
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()
+
+
+def _record_digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 class Checkpoints:
@@ -55,6 +93,8 @@ class Checkpoints:
         self._directory = epath.Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         try:
+            # Orbax would only notice while it saves, and hang.
+            self._directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         except OSError as error:
             raise UserError(
@@ -68,22 +108,28 @@ class Checkpoints:
             step: number, above all earlier ones.
             state: tree of arrays.
             record: JSON object.
+
+        Raises:
+            UserError: this save or the one before cannot be written.
         """
         host = jax.tree.map(np.asarray, state)
         # Leaves by position: optimizer states are tuples of types that a file need not know.
         leaves = {f"leaf{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(host))}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(leaves),
-                record=ocp.args.JsonSave({"digest": digest(host), "record": record}),
-            ),
+        digests = {"digest": digest(host), "record_digest": _record_digest(record)}
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(leaves),
+            record=ocp.args.JsonSave({**digests, "record": record}),
         )
+        with self._writing():
+            saved = self._manager.save(step, args=arguments)
+        if not saved:
+            raise ValueError(f"step {step} is not above the newest checkpoint")
 
     def restore_newest(self, like: Any) -> Restored | None:
         """Read the newest checkpoint that is whole; None where there is none at all.
 
-        A damaged one is passed over with a warning that names it.
+        A damaged one is passed over with a warning that names it, and put aside under another
+        name once an older one has been read: its number is needed again.
 
         Args:
             like: tree of arrays with the structure, shapes and dtypes of what was saved.
@@ -92,14 +138,17 @@ class Checkpoints:
             UserError: there are checkpoints, but none of them can be used.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        reason = ""
+        reason, damaged = "", list[int]()
         for step in steps:
             try:
-                return self._restore(step, like)
+                restored = self._restore(step, like)
+                self._put_aside(damaged)
+                return restored
             # Damage shows in as many ways as there are layers below: any of them means the same.
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
-                logging.warning(
+                damaged.append(step)
+                _LOGGER.warning(
                     "checkpoint %s is damaged and passed over: %s",
                     self._directory / str(step),
                     reason,
@@ -110,6 +159,13 @@ class Checkpoints:
                 "delete the directory to start again"
             )
         return None
+
+    def _put_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            path = self._directory / str(step)
+            path.rename(self._directory / f"damaged-{step}-{time.time_ns()}")
+        if steps:
+            self._manager.reload()
 
     def _restore(self, step: int, like: Any) -> Restored:
         leaves, structure = jax.tree.flatten(like)
@@ -134,9 +190,45 @@ class Checkpoints:
                     f"an array has the shape {leaf.shape}, not {template[name].shape}; "
                     "another version of cpnas_jax may have written it"
                 )
-        return Restored(step, state, found["record"]["record"])
+        record = found["record"]["record"]
+        if _record_digest(record) != found["record"]["record_digest"]:
+            raise ValueError("its record does not have the digest that was saved")
+        return Restored(step, state, record)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        # A full disk shows as an OSError or as an error of tensorstore, by what was being written.
+        except Exception as error:
+            # What failed and in which file comes last.
+            reason = " ".join(str(error).split())[-200:]
+            raise UserError(
+                f"a checkpoint cannot be written to {self._directory} ({reason}); mend that or "
+                "free space, then the same command resumes from the one before"
+            ) from error
 
     def close(self) -> None:
-        """Finish the save under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Finish the save under way.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            with self._writing():
+                self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close; an error that is already under way is the one to be told."""
+        with contextlib.suppress(*([Exception] if kind else [])):
+            self.close()

@@ -17,12 +17,19 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+class _Console(Console):
+    """A console that raises when nobody reads it any more, where rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError("standard output was closed")
+
+
 class Reporter:
     """Prints lines; between `with` and its end also a progress line, on a terminal only."""
 
     def __init__(self, console: Console | None = None) -> None:
         # soft_wrap: a log line stays one line, whatever the width of a pipe is taken for.
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or _Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._started = time.monotonic()
 

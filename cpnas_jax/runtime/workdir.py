@@ -1,5 +1,6 @@
 """The files of a workdir that every phase shares: config.json, results.json, the history."""
 
+import fcntl
 import json
 import os
 from typing import Any
@@ -7,7 +8,31 @@ from typing import Any
 from etils import epath
 
 from cpnas_jax.runtime.atomic import write_atomically
-from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.errors import UserError, writing
+from cpnas_jax.runtime.paths import user_path
+
+
+def _locked(directory: epath.Path) -> Any:
+    """Return an open file that keeps other processes of this machine out until it is closed.
+
+    The system lets go of it when the process ends, however that is. Storage that is not a local
+    file system has no such lock.
+    """
+    if "://" in os.fspath(directory):
+        return None
+    file = open(directory / ".lock", "w")  # noqa: SIM115 (open as long as the workdir is used)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"another process works in --workdir={directory}; wait for it or use another"
+        ) from error
+    except OSError:
+        # A file system without locks.
+        file.close()
+        return None
+    return file
 
 
 class Workdir:
@@ -22,7 +47,7 @@ class Workdir:
         Raises:
             UserError: it cannot.
         """
-        self.path = epath.Path(path)
+        self.path = user_path("--workdir", path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe.{os.getpid()}"
@@ -33,9 +58,28 @@ class Workdir:
                 f"--workdir={path} cannot be written ({error.strerror or error}); "
                 "give a directory that can"
             ) from error
+        self._lock: Any = None
+
+    def __enter__(self) -> "Workdir":
+        """Lock the directory.
+
+        Raises:
+            UserError: another process works in it.
+        """
+        self._lock = _locked(self.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let other processes in."""
+        if self._lock is not None:
+            self._lock.close()
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a file as JSON, whole or not at all."""
+        """Write a file as JSON, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         text = json.dumps(value, indent=1) + "\n"
         write_atomically(self.path / name, text.encode())
 
@@ -52,19 +96,31 @@ class Workdir:
             value = json.loads(path.read_text())
             if not isinstance(value, dict):
                 raise ValueError("not a JSON object")
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}); restore it or delete it") from error
+        except (ValueError, OSError, RecursionError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}); restore it or use another --workdir"
+            ) from error
         return value
 
-    def claim(self, config: dict[str, Any], record: dict[str, Any]) -> None:
+    def claim(self, config: dict[str, Any], record: dict[str, Any]) -> list[str]:
         """Write `config.json`, unless it is there.
 
         Args:
             config: all keys, dotted.
             record: versions, devices and what else is worth keeping.
+
+        Returns:
+            What of the record is otherwise than when the run was begun, in words.
         """
-        if self.read_json("config.json") is None:
+        stored = self.read_json("config.json")
+        if stored is None:
             self.write_json("config.json", {"config": config, **record})
+            return []
+        return [
+            f"{key} was {stored[key]!r} and is {value!r}"
+            for key, value in record.items()
+            if key in stored and stored[key] != value
+        ]
 
     def refuse_other(self, deciding: dict[str, Any]) -> None:
         """Compare a config with that of the run in the workdir, if there is one.
@@ -81,7 +137,8 @@ class Workdir:
         before = stored.get("config")
         if not isinstance(before, dict):
             raise UserError(
-                f"{self.path / 'config.json'} is damaged (no object 'config'); restore or delete it"
+                f"{self.path / 'config.json'} is damaged (no object 'config'); restore it or "
+                "use another --workdir"
             )
         differing = [
             f"{key} (there {before.get(key)!r}, here {value!r})"
@@ -103,15 +160,23 @@ class History:
     """
 
     def __init__(self, path: epath.Path, lines: list[dict[str, Any]]) -> None:
-        """Write the file with exactly these lines."""
+        """Write the file with exactly these lines.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         self.path = path
         self.lines = list(lines)
         write_atomically(path, "".join(map(_encode, self.lines)).encode())
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line and bring it to the disk."""
+        """Add a line and bring it to the disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         self.lines.append(line)
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(_encode(line))
             file.flush()
             if hasattr(file, "fileno"):

@@ -152,7 +152,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(type(epath.Path(path)), "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"cannot be written .disk full"):
         example("top2").save(path)
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

@@ -27,17 +27,17 @@ SETTINGS = {"seed": 5, "rounds": 2, "beta_p": 2.0}
 
 
 @functools.cache
-def logged():
+def logged(beta_p=SETTINGS["beta_p"], rounds=SETTINGS["rounds"]):
     """Search with random accuracies, writing the log as the search phase does."""
     generator = np.random.default_rng(0)
     survivors, lines = all_survivors(), []
     for stage in range(8, 1, -1):
         state = restart()
-        for t in range(1, SETTINGS["rounds"] + 1):
+        for t in range(1, rounds + 1):
             drawn = stage_permutations(SETTINGS["seed"], stage, t, survivors)
             for s, architecture in enumerate(drawn, start=1):
                 child, parent = generator.uniform(size=2)
-                z = child_parent_score(child, parent, SETTINGS["beta_p"])
+                z = child_parent_score(child, parent, beta_p)
                 state = update_alpha(*state, architecture, z, t)
                 lines.append(
                     sample_line(
@@ -236,3 +236,11 @@ def test_history_text():
         list(parse_history('{"a": 1}\nwhat\n', "h.jsonl"))
     with pytest.raises(UserError, match=r"line 1: '\[\]' is not a JSON object"):
         list(parse_history("[]\n"))
+
+
+@pytest.mark.parametrize("beta_p", [-100.0, 2.0, 100.0])
+def test_a_true_log_passes_at_the_largest_settings(beta_p):
+    """Alpha is float32: what it loses must never pass for a wrong log."""
+    text, _, _ = logged(beta_p=beta_p, rounds=10)
+    result = replay(parse_history(text), seed=5, rounds=10, beta_p=beta_p)
+    assert result.finished

@@ -103,3 +103,17 @@ def test_step_keys_are_all_different():
     assert len({*keys, *permutation_keys}) == len(keys) + len(permutation_keys)
     traced = jax.jit(order.step_key)(KEY, np.int32(1), np.int32(2), np.int32(3))
     assert jax.random.key_data(traced).tobytes() == keys[places.index((1, 2, 3))]
+
+
+def test_weights_order_and_steps_draw_from_different_keys():
+    key = jax.random.key(5)
+    keys = [order.weights_key(key, model) for model in range(3)]
+    keys += [order.step_key(key, epoch, 0, 0) for epoch in range(3)]
+    used = {tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}
+    assert len(used) == len(keys)
+    # Folding a model or an epoch into the run's own key would be the tag of another use.
+    plain = {
+        tuple(np.asarray(jax.random.key_data(jax.random.fold_in(key, tag))).tolist())
+        for tag in range(3)
+    }
+    assert not used & plain

@@ -13,6 +13,7 @@ from unrolled import CLASSES, THREE_CELLS, images_of, shapes_of
 
 from cpnas_jax.models import supernet
 from cpnas_jax.models.space import OPERATIONS
+from cpnas_jax.models.supernet import SupernetSettings
 
 ARCHITECTURE = random_architecture(0)
 
@@ -63,6 +64,26 @@ def test_init_depends_on_its_key_alone_and_draws_every_edge_apart():
     # Draws repeat within a tree by chance alone, and two keys share none of their places.
     assert np.unique(draws(first)).size > 0.99 * draws(first).size
     assert np.mean(draws(first) == draws(second)) < 0.01
+
+
+def test_initial_weights_follow_their_fan_in():
+    """He: sqrt(2 / fan-in); a depthwise filter sums over its own taps alone."""
+    settings = SupernetSettings(1, 16, (), CLASSES)
+    init = jax.jit(lambda key: supernet.init(key, settings, (8, 8, 3)), compiler_options=QUICK)
+    params = init(jax.random.key(0, impl="rbg"))
+    (cell,) = params["cells"]
+    unit = cell["edges"]["stride1"]["sep_conv_5x5"]["unit0"]
+    kernels = [
+        (params["stem"]["kernel"], 2 / (9 * 3)),
+        (cell["preprocess0"]["conv"]["kernel"], 2 / 48),
+        (unit["depthwise"]["kernel"], 2 / 25),
+        (unit["pointwise"]["kernel"], 2 / 16),
+        (params["classifier"]["kernel"], 1 / 64),
+    ]
+    for kernel, variance in kernels:
+        error = 4 / np.sqrt(2 * kernel.size)
+        np.testing.assert_allclose(np.std(kernel), np.sqrt(variance), rtol=error)
+        assert abs(np.mean(kernel)) < 4 * np.sqrt(variance / kernel.size)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(8, (8, 4, 2)), (7, (7, 4, 2)), (5, (5, 3, 2))])

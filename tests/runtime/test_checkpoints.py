@@ -127,6 +127,23 @@ def test_a_damaged_newest_is_passed_over_and_named(saved, damage, caplog):
     assert str(saved / "2") in messages[0]
 
 
+def test_a_damaged_number_is_saved_again(saved):
+    truncate(data_files(saved / "2")[0])
+    checkpoints = Checkpoints(saved, keep=2)
+    assert checkpoints.restore_newest(tree(0)).step == 1
+    checkpoints.save(2, tree(7), {"position": 2})
+    checkpoints.close()
+    found = restore(saved)
+    assert found.step == 2
+    assert_same(found.state, tree(7))
+    assert [path.name.split("-")[1] for path in saved.glob("damaged-*")] == ["2"]
+
+
+def test_a_number_below_the_newest_is_not_silently_left_out(saved):
+    with Checkpoints(saved, keep=2) as checkpoints, pytest.raises(ValueError, match="step 1"):
+        checkpoints.save(1, tree(1), {})
+
+
 def test_arrays_of_another_number_are_noticed_by_the_digest(saved, caplog):
     """Files of a whole checkpoint in the place of another's: every file is valid by itself."""
     for path in sorted((saved / "1" / "state").rglob("*"), reverse=True):
@@ -149,6 +166,20 @@ def test_a_damaged_record_is_noticed(saved):
     record = next(path for path in (saved / "2" / "record").rglob("*") if path.is_file())
     truncate(record)
     assert restore(saved).step == 1
+
+
+def test_a_valid_record_of_other_content_is_noticed(saved):
+    path = next(path for path in (saved / "2" / "record").rglob("*") if path.is_file())
+    text = path.read_text()
+    assert "2.1" in text
+    path.write_text(text.replace("2.1", "2.2"))
+    assert restore(saved).step == 1
+
+
+def test_a_file_in_place_of_the_directory(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        Checkpoints(tmp_path / "checkpoints", keep=1)
 
 
 def test_none_readable_is_an_error_in_one_line(saved):

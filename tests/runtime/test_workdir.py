@@ -111,7 +111,40 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(atomic.epath.Path(path)), "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"results.json cannot be written .No space left"):
         atomic.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_only_one_process_works_in_a_directory(tmp_path):
+    with (
+        Workdir(tmp_path),
+        pytest.raises(UserError, match="another process works in"),
+        Workdir(tmp_path),
+    ):
+        pass
+    with Workdir(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("path", ["gs://no-such-bucket/run", "wrong://x", "a\0b", "\udcff"])
+def test_a_path_that_cannot_be_opened_is_named(path):
+    with pytest.raises(UserError) as caught:
+        Workdir(path)
+    text = str(caught.value)
+    assert text.startswith(f"--workdir={path!r} cannot be opened")
+    assert "\n" not in text
+
+
+def test_a_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(Workdir("~/run").path) == str(tmp_path / "run")
+
+
+def test_what_changed_since_the_claim_is_told(tmp_path):
+    directory = Workdir(tmp_path)
+    assert directory.claim({"seed": 0}, {"devices": ["cpu"], "backend": "cpu"}) == []
+    assert directory.claim({"seed": 0}, {"devices": ["cpu"], "backend": "cpu"}) == []
+    changes = directory.claim({"seed": 0}, {"devices": ["cpu", "cpu"], "backend": "cpu"})
+    assert changes == ["devices was ['cpu'] and is ['cpu', 'cpu']"]

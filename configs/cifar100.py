@@ -1,4 +1,4 @@
-"""CIFAR-100, 32x32: the settings of the paper's group (DARTS' where the paper is silent).
+"""CIFAR-100, 32x32: the settings of CIFAR-10, our choice; nothing is published on it.
 
 python -m cpnas_jax.main --config=configs/cifar100.py:search --workdir=runs/cifar100
 """

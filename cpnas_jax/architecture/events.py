@@ -10,7 +10,7 @@ import numpy as np
 
 from cpnas_jax.architecture.sampling import operation_names, operation_positions
 from cpnas_jax.models.space import CELL_TYPES, NUM_EDGES, NUM_OPERATIONS, OPERATIONS
-from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.errors import UserError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def parse_line(line: Mapping[str, Any]) -> Event:
         ValueError: in one line, with the key, the value and what would be right.
     """
     if not isinstance(line, Mapping):
-        raise ValueError(f"{_shown(line)} is not an object with a key 'event'")
+        raise ValueError(f"{shown(line)} is not an object with a key 'event'")
     event = line.get("event")
     if event == "sample":
         return SampleEvent(
@@ -137,7 +137,7 @@ def parse_line(line: Mapping[str, Any]) -> Event:
             compared=compared,
             dropped=_architecture(line, "dropped"),
         )
-    raise ValueError(f"event is {_shown(event)}; it must be 'sample' or 'stage'")
+    raise ValueError(f"event is {shown(event)}; it must be 'sample' or 'stage'")
 
 
 def parse_history(text: str, name: str = "history.jsonl") -> Iterator[dict[str, Any]]:
@@ -157,15 +157,10 @@ def parse_history(text: str, name: str = "history.jsonl") -> Iterator[dict[str, 
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}, line {number}: {_shown(line)} is not JSON") from error
+            raise UserError(f"{name}, line {number}: {shown(line)} is not JSON") from error
         if not isinstance(value, dict):
-            raise UserError(f"{name}, line {number}: {_shown(line)} is not a JSON object")
+            raise UserError(f"{name}, line {number}: {shown(line)} is not a JSON object")
         yield value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _require(line: Mapping[str, Any], key: str) -> Any:
@@ -177,21 +172,21 @@ def _require(line: Mapping[str, Any], key: str) -> Any:
 def _integer(line: Mapping[str, Any], key: str) -> int:
     value = _require(line, key)
     if type(value) is not int or value < 1:
-        raise ValueError(f"{key} is {_shown(value)}; it must be an integer from 1")
+        raise ValueError(f"{key} is {shown(value)}; it must be an integer from 1")
     return value
 
 
 def _number(line: Mapping[str, Any], key: str, low: float, high: float) -> float:
     value = _require(line, key)
     if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{key} is {_shown(value)}; it must be a number in [{low}, {high}]")
+        raise ValueError(f"{key} is {shown(value)}; it must be a number in [{low}, {high}]")
     return float(value)
 
 
 def _architecture(line: Mapping[str, Any], key: str) -> np.ndarray:
     value = _require(line, key)
     if not isinstance(value, list) or not all(isinstance(cell, list) for cell in value):
-        raise ValueError(f"{key} is {_shown(value)}; it must be two lists of 14 operations")
+        raise ValueError(f"{key} is {shown(value)}; it must be two lists of 14 operations")
     try:
         return operation_positions(value)
     except ValueError as error:
@@ -201,19 +196,19 @@ def _architecture(line: Mapping[str, Any], key: str) -> np.ndarray:
 def _indicator(line: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     tables = _require(line, "indicator")
     if not isinstance(tables, Mapping) or set(tables) != set(CELL_TYPES):
-        raise ValueError(f"indicator is {_shown(tables)}; it must have {', '.join(CELL_TYPES)}")
+        raise ValueError(f"indicator is {shown(tables)}; it must have {', '.join(CELL_TYPES)}")
     indicator = np.zeros((len(CELL_TYPES), NUM_EDGES, NUM_OPERATIONS))
     compared = np.zeros(indicator.shape, dtype=bool)
     for row, cell in enumerate(CELL_TYPES):
         table = tables[cell]
         if not isinstance(table, list) or len(table) != NUM_EDGES:
             raise ValueError(
-                f"indicator of {cell} is {_shown(table)}; it must be a list of {NUM_EDGES} edges"
+                f"indicator of {cell} is {shown(table)}; it must be a list of {NUM_EDGES} edges"
             )
         for column, edge in enumerate(table):
             if not isinstance(edge, Mapping) or not set(edge) <= set(OPERATIONS):
                 raise ValueError(
-                    f"indicator of {cell}, edge {column} is {_shown(edge)}; "
+                    f"indicator of {cell}, edge {column} is {shown(edge)}; "
                     "it must be {operation: number}"
                 )
             for operation in edge:

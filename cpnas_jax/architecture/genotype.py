@@ -18,7 +18,7 @@ from cpnas_jax.models.space import (
     OPERATIONS,
 )
 from cpnas_jax.runtime.atomic import write_atomically
-from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.errors import UserError, shown
 from cpnas_jax.runtime.paths import user_path
 
 EdgePolicy: TypeAlias = Literal["all", "top2"]
@@ -305,7 +305,7 @@ def _refuse(constant: str) -> float:
 
 def _expect_keys(value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {_shown(value)}; it must be an object")
+        raise ValueError(f"{where} is {shown(value)}; it must be an object")
     for key in sorted(required - value.keys()):
         raise ValueError(f"{where} has no key {key!r}; it must have one")
     for key in sorted(value.keys() - required - optional):
@@ -316,22 +316,17 @@ def _expect_keys(value: Any, where: str, required: set[str], optional: set[str])
 
 def _expect_list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{where} is {_shown(value)}; it must be a list")
+        raise ValueError(f"{where} is {shown(value)}; it must be a list")
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _from_data(data: Any) -> Genotype:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else data
-        raise ValueError(f"format is {_shown(found)}; it must be {FORMAT!r}")
+        raise ValueError(f"format is {shown(found)}; it must be {FORMAT!r}")
     # Before the keys: another version may have other keys.
     if type(data.get("version")) is not int or data["version"] != VERSION:
-        raise ValueError(f"version is {_shown(data.get('version'))}; it must be {VERSION}")
+        raise ValueError(f"version is {shown(data.get('version'))}; it must be {VERSION}")
     _expect_keys(
         data,
         "genotype",
@@ -350,7 +345,7 @@ def _from_data(data: Any) -> Genotype:
             raise ValueError(f"{cell} cell: {error}") from error
     provenance = data.get("provenance", {})
     if not isinstance(provenance, dict):
-        raise ValueError(f"provenance is {_shown(provenance)}; it must be an object")
+        raise ValueError(f"provenance is {shown(provenance)}; it must be an object")
     return Genotype(
         normal=cells["normal"],
         reduce=cells["reduce"],

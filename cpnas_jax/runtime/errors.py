@@ -22,3 +22,9 @@ def writing(path: object) -> Iterator[None]:
             f"{path} cannot be written ({error.strerror or error}); mend that or free space, then "
             "the same command resumes"
         ) from error
+
+
+def shown(value: object) -> str:
+    """Write a value a user gave for a one-line message, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

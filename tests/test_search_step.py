@@ -23,7 +23,6 @@ from path_cases import (
 from cpnas_jax.data.augment import normalise, random_crop_flip
 from cpnas_jax.data.order import step_key
 from cpnas_jax.models import supernet
-from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.path_optimizer import CHILD, PARENT, PathOptimizer
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
 from cpnas_jax.search_step import (
@@ -306,7 +305,8 @@ def test_scoring_is_a_count_of_right_answers(score, answers):
 @pytest.mark.parametrize("child_optimizer", ["adam", "sgd"])
 def test_the_pmapped_programs_lower_for_tpu(child_optimizer):
     """With everything in them: crop, order, optimizer, collectives, on eight devices."""
-    network = dataclasses.replace(NETWORK, operations=OperationSettings(formulation="native"))
+    operations = dataclasses.replace(NETWORK.operations, formulation="native")
+    network = dataclasses.replace(NETWORK, operations=operations)
     optimizer = PathOptimizer(dataclasses.replace(OPTIMIZER, child_optimizer=child_optimizer))
     params = shapes()
     state = ModelState(params, jax.eval_shape(optimizer.init, params))

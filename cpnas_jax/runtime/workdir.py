@@ -20,7 +20,7 @@ def _locked(directory: epath.Path) -> Any:
     """
     if "://" in os.fspath(directory):
         return None
-    file = open(directory / ".lock", "w")  # noqa: SIM115 (open as long as the workdir is used)
+    file = open(directory / ".lock", "a")  # noqa: SIM115 (open as long as the workdir is used)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -168,7 +168,7 @@ def test_a_killed_search_ends_bitwise_as_if_it_had_not_been(shell, undisturbed, 
 
 
 def test_a_full_disk_is_one_line_and_the_search_goes_on_later(shell, undisturbed, tmp_path):
-    process = shell(tmp_path, largest_file=400)
+    process = shell(tmp_path, largest_file=64)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 1
     assert error.startswith("error: a checkpoint cannot be written")

@@ -43,12 +43,14 @@ class Restored:
 
 
 def silence_orphans() -> None:
-    """Keep a failed save to the one error that is raised.
+    """Keep a failed save or restore to the one error that is raised.
 
     When one write of a save fails, orbax closes its event loop under all the others; each of them
-    then prints a traceback of its own, hundreds in all, and orbax logs what it also raises.
+    then prints a traceback of its own, hundreds in all, and orbax logs what it also raises. Failed
+    reads leave tasks behind, of which asyncio logs that nobody asked for their errors.
     """
     absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     usual, usual_unraisable = sys.excepthook, sys.unraisablehook
 
     def is_orphan(value: BaseException | None) -> bool:

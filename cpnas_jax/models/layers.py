@@ -212,14 +212,17 @@ def pointwise_conv(
     ).astype(x.dtype)
 
 
-def conv_3x3(x: jax.Array, kernel: jax.Array, *, formulation: str = "auto") -> jax.Array:
-    """Dense 3x3 convolution, stride 1, zero padding 1: f[N, H, W, C] by f[3, 3, C, D].
+def conv_3x3(
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, formulation: str = "auto"
+) -> jax.Array:
+    """Dense 3x3 convolution, zero padding 1: f[N, H, W, C] by f[3, 3, C, D] gives f[N, ., ., D].
 
     On a CPU the nine shifted images are laid side by side for one matrix product; made for the
     stem, whose few input channels leave the primitive's gradient slow.
     """
     if resolve_formulation(formulation) == "shifted":
-        windows = _taps(_pad_image(x, 1, jnp.zeros((), x.dtype)), 3, 1, 1, (x.shape[1], x.shape[2]))
+        out = (math.ceil(x.shape[1] / stride), math.ceil(x.shape[2] / stride))
+        windows = _taps(_pad_image(x, 1, jnp.zeros((), x.dtype)), 3, stride, 1, out)
         patches = jnp.concatenate(windows, axis=-1)
         return pointwise_conv(
             patches, kernel.reshape(-1, kernel.shape[-1]), formulation=formulation
@@ -227,7 +230,7 @@ def conv_3x3(x: jax.Array, kernel: jax.Array, *, formulation: str = "auto") -> j
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=(1, 1),
+        window_strides=(stride, stride),
         padding=((1, 1), (1, 1)),
         dimension_numbers=_DEPTHWISE_DIMENSIONS,
     )

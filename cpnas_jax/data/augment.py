@@ -57,6 +57,35 @@ def crop_flip(
     return window.get(mode="promise_in_bounds")
 
 
+def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
+    """Set a square around a random pixel of each image to zero (DeVries and Taylor 2017).
+
+    The square's centre is uniform over the image, so it may lie partly outside, as in DARTS, which
+    also cuts after normalising: zero is the mean colour.
+
+    Args:
+        key: random key.
+        images: f32[b, h, w, c], normalised.
+        size: side of the square, static; 0 cuts nothing.
+
+    Returns:
+        f32[b, h, w, c].
+    """
+    if not size:
+        return images
+    batch, height, width, _ = images.shape
+    row_key, column_key = jax.random.split(key)
+    first_row = jax.random.randint(row_key, (batch,), 0, height, jnp.int32) - size // 2
+    first_column = jax.random.randint(column_key, (batch,), 0, width, jnp.int32) - size // 2
+
+    def inside(first: jax.Array, length: int) -> jax.Array:
+        places = jnp.arange(length, dtype=jnp.int32)[None]
+        return (places >= first[:, None]) & (places < first[:, None] + size)
+
+    cut = inside(first_row, height)[:, :, None] & inside(first_column, width)[:, None, :]
+    return jnp.where(cut[..., None], 0, images)
+
+
 def normalise(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
     """Scale pixels to [0, 1], then centre and scale each channel.
 

@@ -158,10 +158,13 @@ def binarize_weights(kernel: jax.Array, binarizer: Binarizer) -> tuple[jax.Array
     """
     _require_float(kernel, "weights")
     signs = ESTIMATORS[binarizer.weight_estimator](kernel)
+    return signs, jax.lax.stop_gradient(weight_scale(kernel, binarizer))
+
+
+def weight_scale(kernel: jax.Array, binarizer: Binarizer) -> jax.Array:
+    """Return a of H_hat = a sign(H): f[output channels] (`channel`) or f[1]; differentiable."""
     if binarizer.weight_scale == "channel":
-        scale = jnp.mean(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1)))
-    elif binarizer.weight_scale == "layer":
-        scale = jnp.mean(jnp.abs(kernel)).reshape(1)
-    else:
-        scale = jnp.ones((1,), kernel.dtype)
-    return signs, jax.lax.stop_gradient(scale)
+        return jnp.mean(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1)))
+    if binarizer.weight_scale == "layer":
+        return jnp.mean(jnp.abs(kernel)).reshape(1)
+    return jnp.ones((1,), kernel.dtype)

@@ -61,6 +61,7 @@ class OperationSettings:
         separable_repeats: how often `sep_conv` applies its unit: 2 as in DARTS, or 1 as figure 4.8
             draws it.
         binary_preprocess: whether the child's 1x1 preprocessing is 1-bit too.
+        binary_weights: False leaves the child's weights real: the first part of two-step training.
         normalization: one of `NORMALIZATIONS`.
         normalize_pools: BN after pooling, as in the search; DARTS' final networks have none.
         levers: additions to the child.
@@ -73,6 +74,7 @@ class OperationSettings:
     formulation: str = "auto"
     separable_repeats: int = 2
     binary_preprocess: bool = True
+    binary_weights: bool = True
     normalization: str = "batch"
     normalize_pools: bool = True
     levers: Levers = dataclasses.field(default_factory=Levers)
@@ -91,10 +93,13 @@ def require_plain(settings: OperationSettings, binary: Binary) -> None:
     """Refuse a traced `binary` with what only one of child and parent has parameters for.
 
     Raises:
-        ValueError: levers or running averages are asked for.
+        ValueError: levers, running averages or real weights are asked for.
     """
-    if not isinstance(binary, bool) and (settings.levers or settings.normalization != "batch"):
-        raise ValueError("levers and running averages need a static choice of child or parent")
+    plain = not settings.levers and settings.binary_weights and settings.normalization == "batch"
+    if not isinstance(binary, bool) and not plain:
+        raise ValueError(
+            "levers, running averages and real weights need a static choice of child or parent"
+        )
 
 
 class Norm(nn.Module):
@@ -209,13 +214,13 @@ class Ending(nn.Module):
 
 
 def effective_kernel(
-    kernel: jax.Array, binary: Binary, binarizer: Binarizer
+    kernel: jax.Array, binary: Binary, settings: OperationSettings
 ) -> tuple[jax.Array, jax.Array]:
     """Return the kernel a convolution sees and the factor of its output, f[1] or f[channels]."""
     if not isinstance(binary, bool):
-        return _selected_kernel(kernel, binary, binarizer)
-    if binary:
-        return binarize_weights(kernel, binarizer)
+        return _selected_kernel(kernel, binary, settings.binarizer)
+    if binary and settings.binary_weights:
+        return binarize_weights(kernel, settings.binarizer)
     return kernel, jnp.ones((1,), kernel.dtype)
 
 
@@ -264,7 +269,7 @@ class Depthwise(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1])
         kernel = self.param("kernel", depthwise_init, shape)
         binarizer = self.settings.binarizer
-        effective, scale = effective_kernel(kernel, binary, binarizer)
+        effective, scale = effective_kernel(kernel, binary, self.settings)
         # Real activations are surrounded by zeros whatever surrounds signs.
         real = self.settings.levers.real_depthwise
         y = layers.depthwise_conv(
@@ -289,7 +294,7 @@ class Pointwise(nn.Module):
     def __call__(self, x: jax.Array, binary: Binary) -> jax.Array:
         """Convolve x, which must already be activated (signs or ReLU, or float in the parent)."""
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.channels))
-        effective, scale = effective_kernel(kernel, binary, self.settings.binarizer)
+        effective, scale = effective_kernel(kernel, binary, self.settings)
         y = layers.pointwise_conv(
             x, effective, stride=self.stride, formulation=self.settings.formulation
         )

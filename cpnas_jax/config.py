@@ -4,27 +4,19 @@ Evidence: [paper] stated by CP-NAS; [kin] from DARTS, PC-DARTS or the same group
 [ours] our choice. The files in `configs/` change a handful of these values.
 """
 
-import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import config_dict
 
-from cpnas_jax.architecture.genotype import EDGE_POLICIES
-from cpnas_jax.models.binarize import ESTIMATORS, PAD_VALUES, WEIGHT_SCALES
-from cpnas_jax.models.layers import FORMULATIONS
+from cpnas_jax.config_rules import MODES, RULES
 from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.runtime.errors import UserError
-
-MODES = ("pipeline", "search")
-OPTIMIZERS = ("sgd", "adam")
-STRATEGIES = ("cp",)
 
 
 def base_config() -> config_dict.ConfigDict:
@@ -32,6 +24,8 @@ def base_config() -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.mode = "search"  # what to run, one of MODES
     config.seed = 0  # decides data parts, order, augmentation, weights and permutations
+
+    config.genotype = ""  # what to train: a genotype file, or a name of architecture/named.py
 
     config.dataset = dataset = config_dict.ConfigDict()
     dataset.name = "cifar10"  # a tfds image classification set, or mnist5k
@@ -41,6 +35,7 @@ def base_config() -> config_dict.ConfigDict:
     dataset.validation_fraction = 0.5  # of the train split, for scoring [kin]
     dataset.crop_padding = 4  # black border of the random crop [kin]
     dataset.flip = True  # random horizontal flip [kin]
+    dataset.cutout = 16  # side of the square cut out in final training [kin]; 0 cuts nothing
 
     config.search = search = config_dict.ConfigDict()
     search.strategy = "cp"  # Algorithm 9 [paper]
@@ -62,6 +57,48 @@ def base_config() -> config_dict.ConfigDict:
     search.child_learning_rate = 0.1  # as the parent [kin]; about 0.002 with adam [ours]
     search.edge_policy = "all"  # all 14 edges as Algorithm 9 prints it [paper], or top2 [kin]
 
+    config.network = network = config_dict.ConfigDict()
+    network.cells = 10  # of the discrete network; reductions at 1/3 and 2/3 of the depth [ours]
+    network.channels = 100  # C of the first cell; with top2 edges 10.6 M parameters [ours]
+    network.precision = "binary"  # binary: the 1-bit child; float: the parent
+    network.stem = "cifar"  # cifar: a 3x3 convolution; imagenet: three of stride 2 [kin]
+    network.auxiliary = True  # auxiliary classifier after cell 2L // 3 [kin]
+    network.drop_path = 0.2  # its rate at the end of training, from 0 [kin]
+    network.separable_repeats = 2  # units of a sep_conv: 2 [kin], or 1 as figure 4.8 draws it
+    network.binary_preprocess = True  # 1-bit 1x1 preprocessing in the child [ours]
+    network.normalize_pools = True  # BN after pooling, as in the search [kin]
+    network.residual = False  # x + unit(x) over each separable unit at stride 1 [kin]
+    network.prelu = False  # PReLU after the BN of a unit [kin]
+    network.first_norm = False  # BN before a unit's first sign [kin]
+    network.real_depthwise = False  # depthwise convolutions see real activations [kin]
+    network.learnable_sign = False  # a threshold for each channel's sign (ReActNet)
+    network.learnable_prelu = False  # PReLU with shifts for each channel (ReActNet)
+
+    config.train = train = config_dict.ConfigDict()
+    train.epochs = 600  # [paper]
+    train.batch_size = 128  # global, over all devices [paper]
+    train.learning_rate = 1e-3  # of the child, by Adam; cosine to 0 [kin]
+    train.weight_decay = 0.0  # of the child's float kernels alone [ours]
+    train.float_learning_rate = 0.025  # of a float network, by SGD; cosine to 0 [kin]
+    train.float_weight_decay = 3e-4  # of all parameters of a float network [kin]
+    train.momentum = 0.9  # of SGD [kin]
+    train.warmup_epochs = 0  # linear from 0; 5 on ImageNet [kin]
+    train.reference_batch = 0  # scale rates by batch_size / reference_batch; 0 does not [kin]
+    train.gradient_clip = 5.0  # global norm [kin]
+    train.label_smoothing = 0.0  # 0.1 on ImageNet [kin]
+    train.auxiliary_weight = 0.4  # of the auxiliary classifier's loss [kin]
+    train.reconstruction_weight = 1e-4  # of the kernels' term of L_H, eq. 4.17 [ours]
+    train.center_weight = 1e-3  # lambda, of the features' term of L_H, eq. 4.18 [ours]
+    train.parent_kernel = False  # H are the kernels of a float parent trained beside [ours]
+    train.real_weights_epochs = 0  # first part of two-step training: 1-bit activations alone [kin]
+    train.average_decay = 0.0  # of a moving average of the weights, for evaluation; 0 keeps none
+    train.evaluate_every = 10  # epochs between evaluations on the test split
+
+    config.evaluate = evaluate = config_dict.ConfigDict()
+    evaluate.split = "test"  # the split that `evaluate` counts
+    evaluate.checkpoint = "last"  # last or best
+    evaluate.batch_size = 256  # global, over all devices
+
     config.binarizer = binarizer = config_dict.ConfigDict()
     binarizer.activation_estimator = "bireal"  # [kin]
     binarizer.weight_estimator = "clip"  # [kin]
@@ -71,6 +108,7 @@ def base_config() -> config_dict.ConfigDict:
     config.runtime = runtime = config_dict.ConfigDict()
     runtime.steps_per_call = 50  # training steps in one call to the device
     runtime.keep_checkpoints = 2  # newest checkpoints kept
+    runtime.checkpoint_every = 0  # training steps between checkpoints; 0: every epoch
     runtime.formulation = "auto"  # of depthwise convolution and pooling, by the backend
     runtime.optimization_level = 3  # of LLVM on a CPU; 1 compiles a quarter faster
     runtime.compilation_cache = True  # keep compiled programs in ~/.cache/cpnas_jax between runs
@@ -115,12 +153,20 @@ def shrink(config: config_dict.ConfigDict) -> None:
     )
 
 
-# Keys that do not decide a search's result, bit by bit: another value continues the same run.
+# What the other phase alone reads.
+_OTHERS = {
+    "search": ("network.", "train.", "evaluate.", "genotype", "dataset.cutout"),
+    "train": ("search.", "dataset.validation_fraction"),
+}
+# Keys that do not decide a result, bit by bit: another value continues the same run.
 _INDIFFERENT = (
     "mode",
     "dataset.data_dir",
     "runtime.steps_per_call",
     "runtime.keep_checkpoints",
+    "runtime.checkpoint_every",
+    "evaluate.checkpoint",
+    "evaluate.batch_size",
     "runtime.compilation_cache",
 )
 
@@ -141,110 +187,24 @@ def flatten(config: config_dict.ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def deciding_keys(config: config_dict.ConfigDict) -> dict[str, Any]:
-    """Return the flat keys that decide the result of a search."""
-    return {key: value for key, value in flatten(config).items() if key not in _INDIFFERENT}
+def deciding_keys(config: config_dict.ConfigDict, phase: str = "search") -> dict[str, Any]:
+    """Return the flat keys that decide the result of a phase, `search` or `train`."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key not in _INDIFFERENT and not key.startswith(_OTHERS[phase])
+    }
 
 
 def config_hash(config: config_dict.ConfigDict) -> str:
-    """Return 16 hexadecimal digits that name what decides the result."""
-    text = json.dumps(deciding_keys(config), sort_keys=True)
+    """Return 16 hexadecimal digits that name what decides the result of a search."""
+    return keys_hash(deciding_keys(config))
+
+
+def keys_hash(keys: dict[str, Any]) -> str:
+    """Return 16 hexadecimal digits that name what decides a result."""
+    text = json.dumps(keys, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rule:
-    """What a key must be: a test of the value, and the same in words."""
-
-    test: Callable[[Any], bool]
-    words: str
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
-
-
-def _integer(low: int, high: int = 2**31 - 1) -> _Rule:
-    words = f"an integer, at least {low}" + (f" and at most {high}" if high < 2**31 - 1 else "")
-    return _Rule(lambda v: _is_integer(v) and low <= v <= high, words)
-
-
-def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> _Rule:
-    def test(value: Any) -> bool:
-        return _is_number(value) and (low < value if open_low else low <= value) and value <= high
-
-    words = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
-    return _Rule(test, words + ("" if high == math.inf else f" and at most {high:g}"))
-
-
-def _one_of(values: Any) -> _Rule:
-    return _Rule(lambda v: v in tuple(values), f"one of {', '.join(map(str, values))}")
-
-
-def _boolean() -> _Rule:
-    return _Rule(lambda v: isinstance(v, bool), "True or False")
-
-
-def _is_operations(value: Any) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) >= 2
-        and all(isinstance(name, str) and name in OPERATIONS for name in value)
-        and len(set(value)) == len(value)
-    )
-
-
-_RULES = {
-    "mode": _one_of(MODES),
-    "seed": _Rule(lambda v: _is_integer(v) and 0 <= v < 2**31, "an integer from 0 to 2**31 - 1"),
-    "dataset.name": _Rule(
-        lambda v: isinstance(v, str) and re.fullmatch(r"\w+(/[\w.-]+)?", v) is not None,
-        "the name of a tfds set, such as cifar10 or name/config",
-    ),
-    "dataset.data_dir": _Rule(lambda v: isinstance(v, str), "a string"),
-    "dataset.image_size": _integer(0, 1024),
-    "dataset.examples": _integer(0),
-    "dataset.validation_fraction": _Rule(lambda v: _is_number(v) and 0 < v < 1, "between 0 and 1"),
-    "dataset.crop_padding": _integer(0),
-    "dataset.flip": _boolean(),
-    "search.strategy": _one_of(STRATEGIES),
-    # Beyond, float32 alpha could not be checked against eq. 4.16 with any sense.
-    "search.beta_p": _number(-100, 100),
-    "search.rounds": _integer(1),
-    "search.operations": _Rule(
-        _is_operations, f"a tuple of at least 2 different names of {', '.join(OPERATIONS)}"
-    ),
-    "search.cells": _integer(1, 100),
-    "search.channels": _integer(1, 4096),
-    "search.reductions": _Rule(
-        lambda v: isinstance(v, tuple) and all(map(_is_integer, v)) and list(v) == sorted(set(v)),
-        "a tuple of increasing cell positions",
-    ),
-    "search.separable_repeats": _one_of((1, 2)),
-    "search.binary_preprocess": _boolean(),
-    "search.batch_size": _integer(1),
-    "search.score_batch_size": _integer(1),
-    "search.learning_rate": _number(0, 1000, open_low=True),
-    "search.momentum": _Rule(lambda v: _is_number(v) and 0 <= v < 1, "in [0, 1)"),
-    "search.weight_decay": _number(0),
-    "search.gradient_clip": _number(0, open_low=True),
-    "search.child_optimizer": _one_of(OPTIMIZERS),
-    "search.child_learning_rate": _number(0, 1000, open_low=True),
-    "search.edge_policy": _one_of(EDGE_POLICIES),
-    "binarizer.activation_estimator": _one_of(ESTIMATORS),
-    "binarizer.weight_estimator": _one_of(ESTIMATORS),
-    "binarizer.weight_scale": _one_of(WEIGHT_SCALES),
-    "binarizer.pad_value": _one_of(PAD_VALUES),
-    "runtime.steps_per_call": _integer(1),
-    "runtime.keep_checkpoints": _integer(1),
-    "runtime.formulation": _one_of(FORMULATIONS),
-    "runtime.optimization_level": _one_of((0, 1, 2, 3)),
-    "runtime.compilation_cache": _boolean(),
-}
 
 
 def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
@@ -258,9 +218,9 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
         UserError: the first bad key, its value and what would be right.
     """
     for key in flatten(config):
-        if key not in _RULES:
+        if key not in RULES:
             raise UserError(f"config.{key} is not a key; see cpnas_jax/config.py")
-    for key, rule in _RULES.items():
+    for key, rule in RULES.items():
         value = config
         for part in key.split("."):
             if part not in value:
@@ -313,10 +273,10 @@ def explain(message: str) -> str:
         last = re.split(r"\n(?=[\w.]+: )", message)[-1]
         message = "the config file raises " + " ".join(last.split())
     found = re.search(r"--config\.([\w.]+)", message)
-    if not found or found[1] not in _RULES:
+    if not found or found[1] not in RULES:
         return message
-    return f"{message}; config.{found[1]} must be {_RULES[found[1]].words}"
+    return f"{message}; config.{found[1]} must be {RULES[found[1]].words}"
 
 
-RULED_KEYS = frozenset(_RULES)
+RULED_KEYS = frozenset(RULES)
 """Every key has a rule; a test compares this with `base_config`."""

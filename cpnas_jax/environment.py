@@ -50,6 +50,11 @@ def device_count() -> int:
         ) from error
 
 
+def compiler_options(level: int) -> dict[str, int]:
+    """Return XLA's options for an optimization level of LLVM, which a CPU alone has."""
+    return {"xla_backend_optimization_level": level} if jax.default_backend() == "cpu" else {}
+
+
 def device_memory() -> int | None:
     """Return the bytes a local device has, or None where the platform does not tell.
 

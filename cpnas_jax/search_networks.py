@@ -120,11 +120,7 @@ class Networks:
         _check_sizes(config, train, validation, self._num_devices)
         self._batch_size = search.batch_size
         self._seed = config.seed
-        self._compiler_options = (
-            {"xla_backend_optimization_level": config.runtime.optimization_level}
-            if jax.default_backend() == "cpu"
-            else {}
-        )
+        self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
         self._steps_per_call = config.runtime.steps_per_call
         self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
         self._settings = supernet_settings(config, train.num_classes)

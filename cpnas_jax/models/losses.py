@@ -38,6 +38,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     return jnp.mean(optax.softmax_cross_entropy(logits, targets))
 
 
+def cross_entropy_sum(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return the weighted sum of the cross-entropies, f32[]: weights f32[N]."""
+    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels) * weights)
+
+
 def is_binary_kernel(path: tuple[Any, ...], binary_preprocess: bool) -> bool:
     """Tell whether a parameter of `network.Network` is a latent kernel of a binary convolution.
 

@@ -162,6 +162,12 @@ class Checkpoints:
             )
         return None
 
+    def forget_above(self, step: int) -> None:
+        """Delete every checkpoint with a number above `step`."""
+        for number in self._manager.all_steps():
+            if number > step:
+                self._manager.delete(number)
+
     def _put_aside(self, steps: list[int]) -> None:
         for step in steps:
             path = self._directory / str(step)

@@ -1,0 +1,148 @@
+"""What each config key must be."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from cpnas_jax.architecture.genotype import EDGE_POLICIES
+from cpnas_jax.models.binarize import ESTIMATORS, PAD_VALUES, WEIGHT_SCALES
+from cpnas_jax.models.blocks import Levers
+from cpnas_jax.models.layers import FORMULATIONS
+from cpnas_jax.models.network import STEMS
+from cpnas_jax.models.space import OPERATIONS
+
+MODES = ("pipeline", "search", "train", "evaluate", "summary")
+OPTIMIZERS = ("sgd", "adam")
+STRATEGIES = ("cp",)
+PRECISIONS = ("binary", "float")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a key must be: a test of the value, and the same in words."""
+
+    test: Callable[[Any], bool]
+    words: str
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _integer(low: int, high: int = 2**31 - 1) -> Rule:
+    words = f"an integer, at least {low}" + (f" and at most {high}" if high < 2**31 - 1 else "")
+    return Rule(lambda v: _is_integer(v) and low <= v <= high, words)
+
+
+def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Rule:
+    def test(value: Any) -> bool:
+        return _is_number(value) and (low < value if open_low else low <= value) and value <= high
+
+    words = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
+    return Rule(test, words + ("" if high == math.inf else f" and at most {high:g}"))
+
+
+def _one_of(values: Any) -> Rule:
+    return Rule(lambda v: v in tuple(values), f"one of {', '.join(map(str, values))}")
+
+
+def _boolean() -> Rule:
+    return Rule(lambda v: isinstance(v, bool), "True or False")
+
+
+def _is_operations(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) >= 2
+        and all(isinstance(name, str) and name in OPERATIONS for name in value)
+        and len(set(value)) == len(value)
+    )
+
+
+RULES = {
+    "mode": _one_of(MODES),
+    "seed": Rule(lambda v: _is_integer(v) and 0 <= v < 2**31, "an integer from 0 to 2**31 - 1"),
+    "dataset.name": Rule(
+        lambda v: isinstance(v, str) and re.fullmatch(r"\w+(/[\w.-]+)?", v) is not None,
+        "the name of a tfds set, such as cifar10 or name/config",
+    ),
+    "dataset.data_dir": Rule(lambda v: isinstance(v, str), "a string"),
+    "dataset.image_size": _integer(0, 1024),
+    "dataset.examples": _integer(0),
+    "dataset.validation_fraction": Rule(lambda v: _is_number(v) and 0 < v < 1, "between 0 and 1"),
+    "dataset.crop_padding": _integer(0),
+    "dataset.flip": _boolean(),
+    "dataset.cutout": _integer(0),
+    "genotype": Rule(lambda v: isinstance(v, str), "a genotype file or the name of one"),
+    "network.cells": _integer(1, 100),
+    "network.channels": _integer(1, 4096),
+    "network.precision": _one_of(PRECISIONS),
+    "network.stem": _one_of(STEMS),
+    "network.auxiliary": _boolean(),
+    "network.drop_path": Rule(lambda v: _is_number(v) and 0 <= v < 1, "in [0, 1)"),
+    "network.separable_repeats": _one_of((1, 2)),
+    "network.binary_preprocess": _boolean(),
+    "network.normalize_pools": _boolean(),
+    **{f"network.{lever.name}": _boolean() for lever in dataclasses.fields(Levers)},
+    "train.epochs": _integer(1),
+    "train.batch_size": _integer(1),
+    "train.learning_rate": _number(0, 1000, open_low=True),
+    "train.weight_decay": _number(0),
+    "train.float_learning_rate": _number(0, 1000, open_low=True),
+    "train.float_weight_decay": _number(0),
+    "train.momentum": Rule(lambda v: _is_number(v) and 0 <= v < 1, "in [0, 1)"),
+    "train.warmup_epochs": _integer(0),
+    "train.reference_batch": _integer(0),
+    "train.gradient_clip": _number(0, open_low=True),
+    "train.label_smoothing": Rule(lambda v: _is_number(v) and 0 <= v < 1, "in [0, 1)"),
+    "train.auxiliary_weight": _number(0),
+    "train.reconstruction_weight": _number(0),
+    "train.center_weight": _number(0),
+    "train.parent_kernel": _boolean(),
+    "train.real_weights_epochs": _integer(0),
+    "train.average_decay": Rule(lambda v: _is_number(v) and 0 <= v < 1, "in [0, 1)"),
+    "train.evaluate_every": _integer(1),
+    "evaluate.split": Rule(lambda v: isinstance(v, str) and v != "", "the name of a split"),
+    "evaluate.checkpoint": _one_of(("last", "best")),
+    "evaluate.batch_size": _integer(1),
+    "runtime.checkpoint_every": _integer(0),
+    "search.strategy": _one_of(STRATEGIES),
+    # Beyond, float32 alpha could not be checked against eq. 4.16 with any sense.
+    "search.beta_p": _number(-100, 100),
+    "search.rounds": _integer(1),
+    "search.operations": Rule(
+        _is_operations, f"a tuple of at least 2 different names of {', '.join(OPERATIONS)}"
+    ),
+    "search.cells": _integer(1, 100),
+    "search.channels": _integer(1, 4096),
+    "search.reductions": Rule(
+        lambda v: isinstance(v, tuple) and all(map(_is_integer, v)) and list(v) == sorted(set(v)),
+        "a tuple of increasing cell positions",
+    ),
+    "search.separable_repeats": _one_of((1, 2)),
+    "search.binary_preprocess": _boolean(),
+    "search.batch_size": _integer(1),
+    "search.score_batch_size": _integer(1),
+    "search.learning_rate": _number(0, 1000, open_low=True),
+    "search.momentum": Rule(lambda v: _is_number(v) and 0 <= v < 1, "in [0, 1)"),
+    "search.weight_decay": _number(0),
+    "search.gradient_clip": _number(0, open_low=True),
+    "search.child_optimizer": _one_of(OPTIMIZERS),
+    "search.child_learning_rate": _number(0, 1000, open_low=True),
+    "search.edge_policy": _one_of(EDGE_POLICIES),
+    "binarizer.activation_estimator": _one_of(ESTIMATORS),
+    "binarizer.weight_estimator": _one_of(ESTIMATORS),
+    "binarizer.weight_scale": _one_of(WEIGHT_SCALES),
+    "binarizer.pad_value": _one_of(PAD_VALUES),
+    "runtime.steps_per_call": _integer(1),
+    "runtime.keep_checkpoints": _integer(1),
+    "runtime.formulation": _one_of(FORMULATIONS),
+    "runtime.optimization_level": _one_of((0, 1, 2, 3)),
+    "runtime.compilation_cache": _boolean(),
+}

@@ -1,0 +1,152 @@
+"""Accuracy of a network over a whole split: every example counts exactly once.
+
+The last batch is filled up with other examples that a mask leaves out, so that one compiled program
+serves all batches, whatever the number of devices.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cpnas_jax.data.augment import normalise
+from cpnas_jax.data.order import scoring_indices
+from cpnas_jax.models.losses import cross_entropy_sum
+from cpnas_jax.models.network import Network, NetworkSettings, Outputs
+from cpnas_jax.runtime.parallel import AXIS
+from cpnas_jax.search_step import Examples
+
+TOP = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a network does on a split.
+
+    Attributes:
+        examples: how many were counted.
+        top1: share whose label is the first answer.
+        top5: share whose label is among the first five; None with five classes or fewer.
+        loss: mean cross-entropy.
+        confusion: int[classes, classes], true class by answer.
+    """
+
+    examples: int
+    top1: float
+    top5: float | None
+    loss: float
+    confusion: np.ndarray
+
+    def per_class(self) -> list[float | None]:
+        """Return the share of each class that was answered right; None where it has no example."""
+        totals = self.confusion.sum(axis=1)
+        return [
+            float(right / total) if total else None
+            for right, total in zip(np.diagonal(self.confusion), totals, strict=True)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON holds it."""
+        return {
+            "examples": self.examples,
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss,
+            "per_class": self.per_class(),
+            "confusion": self.confusion.tolist(),
+        }
+
+
+def make_evaluation_call(
+    settings: NetworkSettings, num_examples: int, batch_size: int, num_devices: int
+) -> Callable[[Any, Examples], dict[str, jax.Array]]:
+    """Return the function of one device that counts answers over a split; to be pmapped.
+
+    It takes {"params", "batch_stats"} and the split, and returns counts over all devices: `top5`
+    int32[], `loss` f32[] (a sum), `confusion` int32[classes, classes].
+    """
+    indices, mask = scoring_indices(num_examples, batch_size)
+    per_device = batch_size // num_devices
+    rows_of = indices.reshape(-1, num_devices, per_device)
+    mask_of = mask.reshape(-1, num_devices, per_device)
+    classes = settings.num_classes
+    network = Network(settings)
+
+    def evaluation_call(variables: Any, examples: Examples) -> dict[str, jax.Array]:
+        device = lax.axis_index(AXIS)
+        rows, masks = jnp.asarray(rows_of)[:, device], jnp.asarray(mask_of)[:, device]
+
+        def batch(sums: dict[str, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
+            row, counts = part
+            images = normalise(examples.images[row], examples.mean, examples.std)
+            labels = examples.labels[row]
+            outputs = cast(Outputs, network.apply(variables, images, train=False))
+            logits = outputs.logits
+            answers = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            weights = counts.astype(jnp.int32)
+            own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+            # Ties count against the network, so that equal logits are no answer.
+            better = jnp.sum((logits >= own).astype(jnp.int32), axis=1) - 1
+            return {
+                "top5": sums["top5"] + jnp.sum((better < TOP).astype(jnp.int32) * weights),
+                "loss": sums["loss"] + cross_entropy_sum(logits, labels, counts),
+                "confusion": sums["confusion"].at[labels, answers].add(weights),
+            }, None
+
+        zeros = {
+            "top5": jnp.zeros((), jnp.int32),
+            "loss": jnp.zeros((), jnp.float32),
+            "confusion": jnp.zeros((classes, classes), jnp.int32),
+        }
+        sums, _ = lax.scan(batch, zeros, (rows, masks))
+        return lax.psum(sums, AXIS)
+
+    return evaluation_call
+
+
+def evaluation(counts: dict[str, np.ndarray], num_examples: int) -> Evaluation:
+    """Turn the counts of a call into shares."""
+    confusion = np.asarray(counts["confusion"])
+    classes = len(confusion)
+    return Evaluation(
+        examples=num_examples,
+        top1=float(np.trace(confusion) / num_examples),
+        top5=float(counts["top5"] / num_examples) if classes > TOP else None,
+        loss=float(counts["loss"] / num_examples),
+        confusion=confusion,
+    )
+
+
+def table(found: Evaluation, class_names: tuple[str, ...], most: int = 20) -> str:
+    """Return accuracy by class as text; with many classes only the worst."""
+    lines = [f"{found.examples} examples: top-1 {found.top1:.4f}"]
+    if found.top5 is not None:
+        lines[0] += f", top-5 {found.top5:.4f}"
+    lines[0] += f", loss {found.loss:.4f}"
+    scored = [
+        (share, name, int(row.argmax()), int(row.max()), int(row.sum()))
+        for share, name, row in zip(
+            found.per_class(), class_names, _without_right(found.confusion), strict=True
+        )
+        if share is not None
+    ]
+    scored.sort(key=lambda entry: entry[0])
+    if len(scored) > most:
+        lines.append(f"The {most} worst of {len(scored)} classes:")
+    width = max((len(name) for _, name, *_ in scored), default=0)
+    for share, name, wrong, times, mistakes in scored[:most]:
+        line = f"  {name:<{width}}  {share:.4f}"
+        if mistakes:
+            line += f"  most often taken for {class_names[wrong]} ({times})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _without_right(confusion: np.ndarray) -> np.ndarray:
+    wrong = confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    return wrong

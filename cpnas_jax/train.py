@@ -1,0 +1,271 @@
+"""The training phase: a genotype in, a trained network out, resumable at every checkpoint."""
+
+import dataclasses
+import os
+import time
+from typing import Any
+
+from ml_collections import config_dict
+
+from cpnas_jax import environment
+from cpnas_jax.architecture.genotype import Genotype
+from cpnas_jax.architecture.named import NAMES, named_genotype
+from cpnas_jax.config import deciding_keys, flatten, keys_hash
+from cpnas_jax.data.datasets import Split, limit_examples, load_split
+from cpnas_jax.evaluate import Evaluation
+from cpnas_jax.runtime.checkpoints import Checkpoints
+from cpnas_jax.runtime.console import Reporter, duration
+from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.workdir import History, Workdir
+from cpnas_jax.trainer import EpochSums, Trainer, network_settings
+
+CHILD_DIRECTORY, PARENT_DIRECTORY = "train", "parent"
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a training is: the next step is step `step` of epoch `epoch`, both from 0."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+def load_genotype(name: str) -> Genotype:
+    """Return a genotype by its published name or from its file.
+
+    Raises:
+        UserError: `config.genotype` is empty, no name and no readable file.
+    """
+    if not name:
+        raise UserError(
+            "config.genotype is empty; give a genotype file, such as a search writes, or one of "
+            f"{', '.join(NAMES)}"
+        )
+    return named_genotype(name) if name in NAMES else Genotype.load(name)
+
+
+def load_data(config: config_dict.ConfigDict) -> tuple[Split, Split]:
+    """Return the training split, as far as `dataset.examples` goes, and the test split."""
+    dataset = config.dataset
+    options = (dataset.data_dir or None, dataset.image_size or None)
+    train = load_split(dataset.name, "train", *options)
+    train = limit_examples(train, dataset.examples, config.seed)
+    return train, load_split(dataset.name, config.evaluate.split, *options)
+
+
+def train(
+    config: config_dict.ConfigDict, workdir: str | os.PathLike[str], reporter: Reporter
+) -> None:
+    """Train the network of `config.genotype`, or go on with it.
+
+    Args:
+        config: validated.
+        workdir: where all files go; one that holds a run of the same config is resumed.
+        reporter: prints what happens.
+
+    Raises:
+        UserError: see the errors of the genotype, the data, the workdir and the checkpoints.
+    """
+    genotype = load_genotype(config.genotype)
+    with Workdir(workdir) as directory:
+        directory.refuse_other(deciding(config, genotype))
+        data = load_data(config)
+        binary = config.network.precision == "binary"
+        train_network(config, directory, reporter, genotype, data, binary=binary)
+
+
+def deciding(config: config_dict.ConfigDict, genotype: Genotype) -> dict[str, Any]:
+    """Return the keys that decide the result of a training, the cells in place of the file."""
+    edges = {
+        cell: [list(dataclasses.astuple(edge)) for edge in edges]
+        for cell, edges in genotype.cells()
+    }
+    return {**deciding_keys(config, "train"), "genotype": edges}
+
+
+def train_network(
+    config: config_dict.ConfigDict,
+    directory: Workdir,
+    reporter: Reporter,
+    genotype: Genotype,
+    data: tuple[Split, Split],
+    *,
+    binary: bool,
+    name: str = CHILD_DIRECTORY,
+) -> dict[str, Any]:
+    """Train one network under `<workdir>/<name>`; return what `results.json` says of it."""
+    results = directory.read_json("results.json") or {}
+    if name in results:
+        reporter.say(f"The training in {directory.path / name} is finished; nothing is run again.")
+        return results[name]
+    settings = network_settings(config, genotype, data[0].num_classes, binary=binary)
+    trainer = Trainer(config, settings, *data)
+    keep = config.runtime.keep_checkpoints
+    root = directory.path / name
+    with Checkpoints(root / "checkpoints", keep) as last, Checkpoints(root / "best", 1) as best:
+        run = _Run(config, genotype, trainer, directory, name, last, best, reporter)
+        run.resume_or_start()
+        run.go_on()
+    results = directory.read_json("results.json") or {}
+    results[name] = run.results()
+    directory.write_json("results.json", results)
+    return results[name]
+
+
+class _Run:
+    """The loop of a training over its trainer, files and messages."""
+
+    def __init__(
+        self,
+        config: config_dict.ConfigDict,
+        genotype: Genotype,
+        trainer: Trainer,
+        directory: Workdir,
+        name: str,
+        last: Checkpoints,
+        best: Checkpoints,
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.trainer, self.directory = config, trainer, directory
+        self.deciding = {**deciding(config, genotype), "network.precision": trainer.precision}
+        self.hash = keys_hash(self.deciding)
+        self.name, self.last, self.best, self.reporter = name, last, best, reporter
+        self.position, self.sums = Position(), EpochSums()
+        self.best_accuracy, self.best_epoch = -1.0, 0
+        self.history: History
+        self.started = time.monotonic()
+        self.evaluated: Evaluation | None = None
+
+    def resume_or_start(self) -> None:
+        """Take up the newest checkpoint, or begin with fresh weights.
+
+        Raises:
+            UserError: the checkpoint is another config's.
+        """
+        state = self.trainer.initial_state()
+        found = self.last.restore_newest(state)
+        if found is not None and found.record["config_hash"] != self.hash:
+            raise UserError(
+                f"the checkpoints in {self.directory.path / self.name} are not of this config "
+                f"(config_hash {found.record['config_hash']!r}, here {self.hash!r}); use another "
+                "--workdir"
+            )
+        cells = {"genotype": self.deciding["genotype"]}
+        changes = self.directory.claim({**flatten(self.config), **cells}, environment.record())
+        if changes:
+            self.reporter.say(
+                f"Begun elsewhere: {'; '.join(changes)}. The training goes on, but need not end "
+                "bitwise as it would have there."
+            )
+        lines: list[dict[str, Any]] = []
+        if found is not None:
+            state, lines = found.state, found.record["history"]
+            self.position = Position(**found.record["position"])
+            self.sums = EpochSums(**found.record["sums"])
+            self.best_accuracy = found.record["best_accuracy"]
+            self.best_epoch = found.record["best_epoch"]
+            # One that was saved after the newest checkpoint will be saved again, bit by bit.
+            self.best.forget_above(self.position.epoch)
+            self.reporter.say(
+                f"Resumed in epoch {self.position.epoch + 1} of {self.config.train.epochs}, after "
+                f"step {self.position.step}."
+            )
+        self.history = History(self.directory.path / self.name / "metrics.jsonl", lines)
+        self.trainer.load(state)
+
+    def go_on(self) -> None:
+        """Train to the last epoch, evaluating and saving on the way."""
+        position, epochs = self.position, self.config.train.epochs
+        if position.epoch < epochs:
+            self.reporter.log("compiling the training program")
+            self.trainer.compile(position.epoch)
+            memory = self.trainer.memory_bytes()
+            parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in memory.items())
+            self.reporter.say(
+                f"Compiled in {self.trainer.compile_seconds:.1f} s; estimated memory of a device: "
+                f"{sum(memory.values()) / 2**20:.0f} MiB ({parts})."
+            )
+            self.reporter.start_progress(epochs, position.epoch)
+        while position.epoch < epochs:
+            self._epoch()
+        self.evaluated = self.evaluated or self.trainer.evaluate()
+
+    def _epoch(self) -> None:
+        position, steps = self.position, self.trainer.steps_per_epoch
+        every = self.config.runtime.checkpoint_every
+        since = 0
+        while position.step < steps:
+            count = min(self.config.runtime.steps_per_call, steps - position.step)
+            if every:
+                count = min(count, every - since)
+            self.trainer.train(position.epoch, position.step, count, self.sums)
+            position.step += count
+            since += count
+            if every and since == every and position.step < steps:
+                self._save()
+                since = 0
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        position, config = self.position, self.config
+        means, seconds = self.sums.means(), self.sums.seconds
+        done = position.epoch + 1
+        step = done * self.trainer.steps_per_epoch
+        line: dict[str, Any] = {
+            "event": "epoch",
+            "epoch": done,
+            "step": step,
+            **means,
+            "learning_rate": self.trainer.learning_rate(step - 1),
+            "images_per_second": self.sums.steps * config.train.batch_size / seconds,
+            "seconds": seconds,
+        }
+        text = f"epoch {done}/{config.train.epochs}: loss {means['loss']:.3f} "
+        text += f"accuracy {means['accuracy']:.4f}"
+        self.evaluated = None
+        if done % config.train.evaluate_every == 0 or done == config.train.epochs:
+            self.evaluated = self.trainer.evaluate()
+            line["test_accuracy"] = self.evaluated.top1
+            line["test_loss"] = self.evaluated.loss
+            text += f" test {self.evaluated.top1:.4f}"
+        self.history.append(line)
+        position.epoch, position.step, self.sums = done, 0, EpochSums()
+        left = seconds * (config.train.epochs - done)
+        self.reporter.advance(
+            done, f"{text}, {line['images_per_second']:.0f} images/s, {duration(left)} left"
+        )
+        if self.evaluated is not None and self.evaluated.top1 > self.best_accuracy:
+            self.best_accuracy, self.best_epoch = self.evaluated.top1, done
+            self.best.save(done, self.trainer.host_state(), self._record())
+        self._save()
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "position": dataclasses.asdict(self.position),
+            "sums": dataclasses.asdict(self.sums),
+            "history": self.history.lines,
+            "best_accuracy": self.best_accuracy,
+            "best_epoch": self.best_epoch,
+            "config_hash": self.hash,
+        }
+
+    def _save(self) -> None:
+        number = self.position.epoch * self.trainer.steps_per_epoch + self.position.step
+        self.last.save(number, self.trainer.host_state(), self._record())
+
+    def results(self) -> dict[str, Any]:
+        """Return what a script reads of the finished training."""
+        assert self.evaluated is not None
+        return {
+            "epochs": self.config.train.epochs,
+            "seconds": sum(line["seconds"] for line in self.history.lines),
+            "test": {
+                key: value
+                for key, value in self.evaluated.to_dict().items()
+                if key not in ("confusion", "per_class")
+            },
+            # Chosen on the same images it is measured on: not an estimate for others.
+            "best_test_accuracy": self.best_accuracy,
+            "best_epoch": self.best_epoch,
+            "config_hash": self.hash,
+        }

@@ -1,0 +1,354 @@
+"""A network in final training: its state, its programs and its data on the devices."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import config_dict
+
+from cpnas_jax import environment, evaluate, train_optimizer
+from cpnas_jax.architecture.genotype import Genotype
+from cpnas_jax.data.datasets import Split, channel_statistics
+from cpnas_jax.data.order import weights_key
+from cpnas_jax.models import losses, network
+from cpnas_jax.models.binarize import Binarizer
+from cpnas_jax.models.blocks import Levers, OperationSettings
+from cpnas_jax.models.network import CellEdges, Network, NetworkSettings
+from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
+from cpnas_jax.search_step import Examples
+from cpnas_jax.train_step import (
+    LOSS_TERMS,
+    LossSettings,
+    StepSettings,
+    TrainCall,
+    TrainState,
+    make_batch_step,
+    make_resident_call,
+)
+
+CHILD_KEY, FLOAT_KEY, SIDE_KEY = range(16, 19)
+"""Numbers of the models in `weights_key`; those of the search are below."""
+
+
+def network_settings(
+    config: config_dict.ConfigDict, genotype: Genotype, num_classes: int, *, binary: bool
+) -> NetworkSettings:
+    """Return the network of a config and a genotype, as child or as parent."""
+    net = config.network
+
+    def edges(cell: Any) -> CellEdges:
+        return tuple((edge.source, edge.target, edge.operation) for edge in cell)
+
+    levers = {field.name: net[field.name] for field in dataclasses.fields(Levers)}
+    return NetworkSettings(
+        normal=edges(genotype.normal),
+        reduce=edges(genotype.reduce),
+        cells=net.cells,
+        channels=net.channels,
+        num_classes=num_classes,
+        stem=net.stem,
+        auxiliary=net.auxiliary,
+        binary=binary,
+        operations=OperationSettings(
+            binarizer=Binarizer(**config.binarizer.to_dict()),
+            formulation=config.runtime.formulation,
+            separable_repeats=net.separable_repeats,
+            binary_preprocess=net.binary_preprocess,
+            normalize_pools=net.normalize_pools,
+            levers=Levers(**levers) if binary else Levers(),
+        ),
+    )
+
+
+@dataclasses.dataclass
+class EpochSums:
+    """Sums of metrics over the steps of an epoch that were done.
+
+    Attributes:
+        steps: how many.
+        values: metric -> sum.
+        seconds: spent on them.
+    """
+
+    steps: int = 0
+    values: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, steps: int, values: dict[str, float], seconds: float) -> None:
+        """Take in what a call returned."""
+        self.steps += steps
+        self.seconds += seconds
+        for name, value in values.items():
+            self.values[name] = self.values.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Return metric -> mean over the steps."""
+        return {name: value / self.steps for name, value in self.values.items()}
+
+
+class Trainer:
+    """A child or a float network with everything that is compiled or lives on a device."""
+
+    def __init__(
+        self,
+        config: config_dict.ConfigDict,
+        settings: NetworkSettings,
+        train: Split,
+        test: Split,
+    ) -> None:
+        """Place the data on the devices; nothing is compiled yet.
+
+        Args:
+            config: validated.
+            settings: of `network_settings`.
+            train: training split.
+            test: split that is evaluated.
+
+        Raises:
+            UserError: sizes of the config that the data do not allow.
+        """
+        self._config, self._settings = config, settings
+        options = config.train
+        self.steps_per_epoch = len(train.labels) // options.batch_size
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"config.train.batch_size is {options.batch_size}; the training split has only "
+                f"{len(train.labels)} images"
+            )
+        self.total_steps = options.epochs * self.steps_per_epoch
+        self._num_devices = jax.device_count()
+        self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
+        self._image_shape = train.images.shape[1:]
+        self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+        # H of a float network would be its own reconstruction.
+        self._loss = LossSettings(
+            label_smoothing=options.label_smoothing,
+            auxiliary_weight=options.auxiliary_weight,
+            reconstruction_weight=options.reconstruction_weight if settings.binary else 0.0,
+            center_weight=options.center_weight if settings.binary else 0.0,
+            parent_kernel=options.parent_kernel and settings.binary,
+        )
+        self._optimizer = self._make_optimizer(settings.binary)
+        self._parent_optimizer = self._make_optimizer(False)
+        self._programs: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
+        mean, std = channel_statistics(train.images)
+        self._examples = replicate(Examples(train.images, train.labels, mean, std))
+        self._test = replicate(Examples(test.images, test.labels, mean, std))
+        self._num_test = len(test.labels)
+        self._state: TrainState
+
+    def _make_optimizer(self, binary: bool) -> optax.GradientTransformation:
+        options = self._config.train
+        params = self._shapes(binary)["params"]
+        kernels = jax.tree_util.tree_map_with_path(
+            lambda path, _: losses.is_binary_kernel(path, self._config.network.binary_preprocess),
+            params,
+        )
+        return train_optimizer.make_optimizer(
+            "adam" if binary else "sgd",
+            self._rate(binary),
+            momentum=options.momentum,
+            weight_decay=options.weight_decay if binary else options.float_weight_decay,
+            gradient_clip=options.gradient_clip,
+            binary_kernels=kernels,
+        )
+
+    @property
+    def precision(self) -> str:
+        """Say whether the network is `binary` or `float`, as `network.precision` does."""
+        return "binary" if self._settings.binary else "float"
+
+    def _rate(self, binary: bool) -> train_optimizer.RateSettings:
+        options = self._config.train
+        rate = train_optimizer.peak_rate(
+            options.learning_rate if binary else options.float_learning_rate,
+            options.batch_size,
+            options.reference_batch,
+        )
+        return train_optimizer.RateSettings(
+            rate, options.warmup_epochs * self.steps_per_epoch, self.total_steps
+        )
+
+    def _network(self, binary: bool) -> NetworkSettings:
+        if binary == self._settings.binary:
+            return self._settings
+        plain = dataclasses.replace(self._settings.operations, levers=Levers())
+        return dataclasses.replace(self._settings, binary=binary, operations=plain)
+
+    def _initial(self, key: jax.Array, binary: bool) -> Any:
+        return network.init(key, self._network(binary), self._image_shape)
+
+    def _shapes(self, binary: bool) -> Any:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return jax.eval_shape(lambda key: self._initial(key, binary), key)
+
+    def initial_state(self) -> TrainState:
+        """Return the state before the first step, in host memory."""
+        key = jax.random.key(self._config.seed)
+        own = CHILD_KEY if self._settings.binary else FLOAT_KEY
+
+        def make(key: jax.Array, side: jax.Array) -> TrainState:
+            variables = self._initial(key, self._settings.binary)
+            params = variables["params"]
+            parent = None
+            if self._loss.parent_kernel:
+                beside = self._initial(side, False)
+                parent = {**beside, "optimizer": self._parent_optimizer.init(beside["params"])}
+            return TrainState(
+                params=params,
+                batch_stats=variables["batch_stats"],
+                optimizer=self._optimizer.init(params),
+                # A sum, not the same arrays: a state is donated, and nothing twice.
+                average=jax.tree.map(lambda p: p + 0, params)
+                if self._config.train.average_decay
+                else None,
+                means=self._initial_means(),
+                parent=parent,
+                step=jnp.zeros((), jnp.int32),
+            )
+
+        return jax.device_get(jax.jit(make)(weights_key(key, own), weights_key(key, SIDE_KEY)))
+
+    def _initial_means(self) -> jax.Array | None:
+        if not self._loss.center_weight:
+            return None
+        shapes = self._shapes(self._settings.binary)
+        images = jax.ShapeDtypeStruct((1, *self._image_shape), jnp.float32)
+        outputs = jax.eval_shape(
+            lambda variables, images: Network(self._settings).apply(variables, images, train=False),
+            shapes,
+            images,
+        )
+        return jnp.zeros((self._settings.num_classes, *outputs.features.shape[1:]))
+
+    def load(self, state: TrainState) -> None:
+        """Put a state on the devices."""
+        self._state = replicate(state)
+
+    def host_state(self) -> TrainState:
+        """Return the state as numpy arrays."""
+        return to_host(self._state)
+
+    def _train_program(self, epoch: int, call: TrainCall) -> Any:
+        real = epoch < self._config.train.real_weights_epochs
+        return self._compiled(
+            ("train", real),
+            lambda: pmap_donated(
+                make_resident_call(
+                    self._step_settings(real),
+                    make_batch_step(
+                        self._step_settings(real), self._optimizer, self._parent_optimizer
+                    ),
+                )
+            ),
+            self._state,
+            self._examples,
+            call,
+        )
+
+    def _step_settings(self, real_weights: bool) -> StepSettings:
+        options, dataset = self._config.train, self._config.dataset
+        operations = dataclasses.replace(self._settings.operations, binary_weights=not real_weights)
+        return StepSettings(
+            network=dataclasses.replace(self._settings, operations=operations),
+            loss=self._loss,
+            drop_path=self._config.network.drop_path,
+            average_decay=options.average_decay,
+            batch_size=options.batch_size,
+            num_devices=self._num_devices,
+            crop_padding=dataset.crop_padding,
+            flip=dataset.flip,
+            cutout=dataset.cutout,
+            total_steps=self.total_steps,
+        )
+
+    def _compiled(self, name: Any, make: Any, *arguments: Any) -> Any:
+        if name not in self._programs:
+            before = time.monotonic()
+            self._programs[name] = make().lower(*arguments).compile(self._compiler_options)
+            self.compile_seconds += time.monotonic() - before
+        return self._programs[name]
+
+    def _call(self, epoch: int, first_step: int, num_steps: int) -> TrainCall:
+        return replicate(
+            TrainCall(
+                epoch=np.asarray(epoch, np.int32),
+                first_step=np.asarray(first_step, np.int32),
+                num_steps=np.asarray(num_steps, np.int32),
+                key=self._key,
+            )
+        )
+
+    def compile(self, epoch: int) -> None:
+        """Compile the training program of an epoch."""
+        self._train_program(epoch, self._call(epoch, 0, 1))
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Estimate what a device holds: state, data, and what the training program needs."""
+
+        def size(tree: Any) -> int:
+            return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // jax.local_device_count()
+
+        needed = max(
+            getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
+            for program in self._programs.values()
+        )
+        return {
+            "weights and optimizer": size(self._state),
+            "data": size((self._examples, self._test)),
+            "training program": needed,
+        }
+
+    def train(self, epoch: int, first_step: int, num_steps: int, sums: EpochSums) -> None:
+        """Run some steps of an epoch and add their metrics to `sums`.
+
+        Raises:
+            UserError: the loss is not finite; nothing saved is lost.
+        """
+        before = time.monotonic()
+        call = self._call(epoch, first_step, num_steps)
+        program = self._train_program(epoch, call)
+        self._state, found = program(self._state, self._examples, call)
+        host = to_host(found)
+        if int(host["bad_step"]) >= 0:
+            key = "learning_rate" if self._settings.binary else "float_learning_rate"
+            raise UserError(
+                f"the loss is not finite in step {int(host['bad_step']) + 1} of epoch {epoch + 1}; "
+                f"the checkpoints are kept. Try a smaller config.train.{key} in a new workdir"
+            )
+        values = {name: float(host[name]) for name in ("loss", *LOSS_TERMS, "accuracy")}
+        assert all(map(math.isfinite, values.values()))
+        sums.add(num_steps, values, time.monotonic() - before)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of a step."""
+        schedule = train_optimizer.learning_rate(self._rate(self._settings.binary))
+        with jax.numpy_dtype_promotion("standard"):
+            return float(schedule(step))
+
+    def evaluate(self) -> evaluate.Evaluation:
+        """Count the answers on the test split, with the moving average where there is one."""
+        average = self._config.train.average_decay
+        variables = {
+            "params": self._state.average if average else self._state.params,
+            "batch_stats": self._state.batch_stats,
+        }
+        batch = self._config.evaluate.batch_size
+        program = self._compiled(
+            "evaluate",
+            lambda: pmap_kept(
+                evaluate.make_evaluation_call(
+                    self._settings, self._num_test, batch, self._num_devices
+                )
+            ),
+            variables,
+            self._test,
+        )
+        return evaluate.evaluation(to_host(program(variables, self._test)), self._num_test)

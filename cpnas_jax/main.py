@@ -11,7 +11,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 if __name__ == "__main__":
     # Importing takes seconds, in which Ctrl-C would show a traceback.
@@ -22,13 +22,20 @@ from ml_collections import config_dict, config_flags
 
 from cpnas_jax import config as configs
 from cpnas_jax import environment
+from cpnas_jax.pipeline import evaluate_mode, pipeline, summary_mode
 from cpnas_jax.runtime.checkpoints import silence_orphans
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.search import search
+from cpnas_jax.train import train
 
-# `pipeline` goes as far as there are phases.
-_MODES = {"search": search, "pipeline": search}
+_MODES: dict[str, Callable[[config_dict.ConfigDict, str, Reporter], object]] = {
+    "search": search,
+    "train": train,
+    "evaluate": evaluate_mode,
+    "summary": summary_mode,
+    "pipeline": pipeline,
+}
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file and mode, such as configs/mnist5k.py:search.", lock_config=True

@@ -17,6 +17,7 @@ from jax import lax
 
 from cpnas_jax.models import layers
 from cpnas_jax.models.blocks import Norm, OperationSettings, kernel_init
+from cpnas_jax.models.initial import draw_kernels
 from cpnas_jax.models.operations import Preprocess, make_operation
 from cpnas_jax.models.space import CELL_TYPES, EDGES, NUM_INPUTS, NUM_NODES, OPERATIONS
 
@@ -338,4 +339,17 @@ class Network(nn.Module):
 def init(key: jax.Array, settings: NetworkSettings, image_shape: tuple[int, int, int]) -> Any:
     """Return the variables of a network, {"params", "batch_stats"}, float32."""
     dummy = jnp.zeros((1, *image_shape))
-    return Network(settings).init({"params": key}, dummy, train=False)
+    variables = Network(settings).init({"params": key}, dummy, train=False)
+    scanned = {f"cells{s.first}" for s in stretches(settings) if s.length > 1}
+    kernels = draw_kernels(
+        key,
+        jax.eval_shape(lambda: variables["params"]),
+        lambda keys: keys[0] in scanned,
+    )
+
+    # What is no kernel keeps its module's value; the modules' own draws are dead code.
+    def chosen(path: tuple[Any, ...], own: jax.Array, kernel: jax.Array) -> jax.Array:
+        return kernel if path[-1].key == "kernel" else own
+
+    params = jax.tree_util.tree_map_with_path(chosen, variables["params"], kernels)
+    return {**variables, "params": params}

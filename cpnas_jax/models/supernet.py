@@ -5,17 +5,15 @@
 """
 
 import dataclasses
-import math
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from cpnas_jax.models import layers
 from cpnas_jax.models.edges import EDGE_GROUPS, EdgeGroup, EdgeKind, EdgeScan, Params, scan_edges
+from cpnas_jax.models.initial import draw_kernels
 from cpnas_jax.models.operations import (
     Binary,
     OperationSettings,
@@ -83,31 +81,7 @@ def init(key: jax.Array, settings: SupernetSettings, image_shape: tuple[int, int
         have the same structure.
     """
     shapes = jax.eval_shape(lambda: _template(settings, image_shape))
-    leaves, structure = jax.tree.flatten(shapes)
-    ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])
-    # One draw for all weights: a draw each would take a minute to compile.
-    draws = jax.random.normal(key, (int(ends[-1]),))
-    values = [
-        part.reshape(leaf.shape)
-        for part, leaf in zip(jnp.split(draws, ends[:-1]), leaves, strict=True)
-    ]
-    return jax.tree_util.tree_map_with_path(_scale_draw, jax.tree.unflatten(structure, values))
-
-
-def _scale_draw(path: tuple[Any, ...], draw: jax.Array) -> jax.Array:
-    """Give a leaf's normal draw the standard deviation sqrt(2 / fan-in) (He et al. 2015).
-
-    Our choice, for the latent weights of the child too; the classifier has sqrt(1 / fan-in) and a
-    bias of 0.
-    """
-    keys = [getattr(entry, "key", None) for entry in path]
-    if keys[-1] == "bias":
-        return jnp.zeros_like(draw)
-    shape = draw.shape[1:] if "edges" in keys else draw.shape
-    # A depthwise kernel [k, k, C] sums over its k * k taps only.
-    fan_in = math.prod(shape[:2] if "depthwise" in keys else shape[:-1])
-    gain = 1.0 if "classifier" in keys else 2.0
-    return draw * math.sqrt(gain / fan_in)
+    return draw_kernels(key, shapes, lambda keys: "edges" in keys)
 
 
 def _template(settings: SupernetSettings, image_shape: tuple[int, int, int]) -> Params:

@@ -9,7 +9,7 @@ from cpnas_jax.config import base_config, parse_argument, shrink
 
 
 def get_config(argument: str | None = None) -> config_dict.ConfigDict:
-    """Return the config of a mode: `search` (default), `pipeline`; `,smoke` shrinks it."""
+    """Return the config of a mode; `,smoke` shrinks it."""
     config = base_config()
     config.mode, smoke = parse_argument(argument, default_mode="search")
     config.dataset.name = "cifar10"

@@ -9,7 +9,7 @@ from cpnas_jax.config import base_config, parse_argument, shrink
 
 
 def get_config(argument: str | None = None) -> config_dict.ConfigDict:
-    """Return the config of a mode: `pipeline` (default), `search`; `,smoke` shrinks it."""
+    """Return the config of a mode; `,smoke` shrinks it."""
     config = base_config()
     config.mode, smoke = parse_argument(argument, default_mode="pipeline")
     config.dataset.name = "mnist5k"
@@ -27,6 +27,11 @@ def get_config(argument: str | None = None) -> config_dict.ConfigDict:
     config.search.child_optimizer = "adam"
     config.search.child_learning_rate = 0.005
     config.runtime.optimization_level = 1  # a short run: compiling is a sixth of it
+    config.dataset.cutout = 0
+    if config.mode not in ("pipeline", "search"):
+        config.dataset.examples = 0
+    config.network.update(cells=5, channels=16, drop_path=0.0, auxiliary=False)
+    config.train.update(epochs=30, batch_size=50, learning_rate=2e-3, evaluate_every=5)
     if smoke:
         shrink(config)
     return config

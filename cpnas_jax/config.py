@@ -138,7 +138,7 @@ def parse_argument(argument: str | None, default_mode: str) -> tuple[str, bool]:
 
 
 def shrink(config: config_dict.ConfigDict) -> None:
-    """Turn a config into a smoke test: every part of a search, in about a minute on one CPU."""
+    """Turn a config into a smoke test: every part of a phase, in about a minute on one CPU."""
     config.dataset.image_size = 8
     config.dataset.crop_padding = 1
     config.search.update(
@@ -151,6 +151,10 @@ def shrink(config: config_dict.ConfigDict) -> None:
         score_batch_size=32,
         separable_repeats=1,
     )
+    config.dataset.cutout = 2
+    config.network.update(cells=3, channels=4, separable_repeats=1)
+    config.train.update(epochs=2, batch_size=32, evaluate_every=1)
+    config.evaluate.batch_size = 32
 
 
 # What the other phase alone reads.

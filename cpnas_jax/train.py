@@ -19,7 +19,7 @@ from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.workdir import History, Workdir
 from cpnas_jax.trainer import EpochSums, Trainer, network_settings
 
-CHILD_DIRECTORY, PARENT_DIRECTORY = "train", "parent"
+CHILD_DIRECTORY = "train"
 
 
 @dataclasses.dataclass

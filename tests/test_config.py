@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from cpnas_jax import config as configs
+from cpnas_jax import config_rules
 from cpnas_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,7 +25,10 @@ def test_every_key_has_a_rule():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("argument", [None, "search", "pipeline", "search,smoke", "pipeline,smoke"])
+@pytest.mark.parametrize(
+    "argument",
+    [None, *(mode + end for mode in config_rules.MODES for end in ("", ",smoke"))],
+)
 def test_every_config_builds_and_validates(path, argument):
     config = load(path, argument)
     configs.validate(config, num_devices=1)
@@ -97,9 +101,18 @@ def test_a_batch_that_devices_do_not_divide():
 INDIFFERENT = {
     "mode",
     "dataset.data_dir",
+    "evaluate.batch_size",
+    "evaluate.checkpoint",
     "runtime.steps_per_call",
     "runtime.keep_checkpoints",
+    "runtime.checkpoint_every",
     "runtime.compilation_cache",
+}
+OF_SEARCH = {"dataset.validation_fraction", *(k for k in configs.RULED_KEYS if "search." in k)}
+OF_TRAINING = {
+    "genotype",
+    "dataset.cutout",
+    *(k for k in configs.RULED_KEYS if k.split(".")[0] in ("network", "train", "evaluate")),
 }
 
 
@@ -112,13 +125,16 @@ def another(value):
     return (*value, value[0]) if isinstance(value, tuple) else value + "x"
 
 
+@pytest.mark.parametrize("phase", ["search", "train"])
 @pytest.mark.parametrize("key", sorted(configs.RULED_KEYS))
-def test_exactly_what_decides_the_result_changes_the_hash(key):
+def test_exactly_what_decides_a_result_changes_the_hash(key, phase):
     config = configs.base_config()
-    before = configs.config_hash(config)
+    before = configs.keys_hash(configs.deciding_keys(config, phase))
     *sections, name = key.split(".")
     node = config
     for section in sections:
         node = node[section]
     node[name] = another(node[name])
-    assert (configs.config_hash(config) == before) == (key in INDIFFERENT)
+    other = OF_TRAINING if phase == "search" else OF_SEARCH
+    same = configs.keys_hash(configs.deciding_keys(config, phase)) == before
+    assert same == (key in INDIFFERENT | other)

@@ -1,4 +1,4 @@
-"""Modes made of phases: the whole way, and looking at what a training left."""
+"""Modes that look at a network: what it costs, and what a trained one answers."""
 
 import os
 from typing import Any
@@ -12,49 +12,8 @@ from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.workdir import Workdir
-from cpnas_jax.search import search
-from cpnas_jax.train import (
-    CHILD_DIRECTORY,
-    PARENT_DIRECTORY,
-    deciding,
-    load_data,
-    load_genotype,
-    train_network,
-)
+from cpnas_jax.train import CHILD_DIRECTORY, deciding, load_data, load_genotype
 from cpnas_jax.trainer import Trainer, network_settings
-
-
-def pipeline(
-    config: config_dict.ConfigDict, workdir: str | os.PathLike[str], reporter: Reporter
-) -> None:
-    """Search, train the child and for reference its parent, evaluate both, summarise.
-
-    Args:
-        config: validated.
-        workdir: where all files go; the same command resumes in whatever phase it was ended.
-        reporter: prints what happens.
-
-    Raises:
-        UserError: see the phases.
-    """
-    genotype = search(config, workdir, reporter)
-    with Workdir(workdir) as directory:
-        data = load_data(config)
-        shape, classes = data[0].images.shape[1:], data[0].num_classes
-        found = {}
-        for binary, name in ((True, CHILD_DIRECTORY), (False, PARENT_DIRECTORY)):
-            reporter.say(f"Training the {'1-bit child' if binary else 'float parent'}.")
-            found[name] = train_network(
-                config, directory, reporter, genotype, data, binary=binary, name=name
-            )
-        summary = _summarise(config, genotype, shape, classes, binary=True)
-        _keep_summary(directory, summary, reporter)
-        for name, results in found.items():
-            test = results["test"]
-            reporter.say(
-                f"{name}: top-1 {test['top1']:.4f} of {test['examples']} test images, after "
-                f"{results['epochs']} epochs."
-            )
 
 
 def summary_mode(

@@ -239,10 +239,14 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
             f"config.search.reductions is {tuple(search.reductions)!r}; with "
             f"config.search.cells={search.cells} positions are 0 to {search.cells - 1}"
         )
-    for key in ("batch_size", "score_batch_size"):
-        if search[key] % num_devices:
+    used = ("search.batch_size", "search.score_batch_size")
+    if config.mode in ("train", "evaluate"):
+        used = ("train.batch_size", "evaluate.batch_size")
+    for key in used:
+        section, name = key.split(".")
+        if config[section][name] % num_devices:
             raise UserError(
-                f"config.search.{key} is {search[key]}; it must be a multiple of the "
+                f"config.{key} is {config[section][name]}; it must be a multiple of the "
                 f"{num_devices} devices that share it"
             )
 

@@ -5,6 +5,7 @@ import os
 import time
 from typing import Any
 
+import jax
 from ml_collections import config_dict
 
 from cpnas_jax import environment
@@ -83,6 +84,35 @@ def deciding(config: config_dict.ConfigDict, genotype: Genotype) -> dict[str, An
     return {**deciding_keys(config, "train"), "genotype": edges}
 
 
+def _deciding_network(
+    config: config_dict.ConfigDict, genotype: Genotype, *, binary: bool
+) -> dict[str, Any]:
+    precision = "binary" if binary else "float"
+    return {**deciding(config, genotype), "network.precision": precision}
+
+
+def _plan(
+    config: config_dict.ConfigDict, trainer: Trainer, data: tuple[Split, Split], genotype: Genotype
+) -> str:
+    """Say what will happen, in a few lines."""
+    train_split, test = data
+    size = "x".join(map(str, train_split.images.shape[1:]))
+    network, options, devices = config.network, config.train, jax.device_count()
+    kind = "1-bit child" if trainer.precision == "binary" else "float network"
+    return "\n".join(
+        [
+            f"Training a {kind} on {train_split.name}: {len(train_split.labels)} training and "
+            f"{len(test.labels)} test images of {size}, {train_split.num_classes} classes.",
+            f"Network: {network.cells} cells, C {network.channels}, "
+            f"{len(genotype.normal)} edges a cell.",
+            f"{options.epochs} epochs of {trainer.steps_per_epoch} steps, evaluated every "
+            f"{options.evaluate_every}.",
+            f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}, batch "
+            f"{options.batch_size} in all, {options.batch_size // devices} a device.",
+        ]
+    )
+
+
 def train_network(
     config: config_dict.ConfigDict,
     directory: Workdir,
@@ -95,11 +125,18 @@ def train_network(
 ) -> dict[str, Any]:
     """Train one network under `<workdir>/<name>`; return what `results.json` says of it."""
     results = directory.read_json("results.json") or {}
+    expected = keys_hash(_deciding_network(config, genotype, binary=binary))
     if name in results:
+        if results[name].get("config_hash") != expected:
+            raise UserError(
+                f"{directory.path / 'results.json'} has the results of another config's training; "
+                "use another --workdir"
+            )
         reporter.say(f"The training in {directory.path / name} is finished; nothing is run again.")
         return results[name]
     settings = network_settings(config, genotype, data[0].num_classes, binary=binary)
     trainer = Trainer(config, settings, *data)
+    reporter.say(_plan(config, trainer, data, genotype))
     keep = config.runtime.keep_checkpoints
     root = directory.path / name
     with Checkpoints(root / "checkpoints", keep) as last, Checkpoints(root / "best", 1) as best:
@@ -127,7 +164,8 @@ class _Run:
         reporter: Reporter,
     ) -> None:
         self.config, self.trainer, self.directory = config, trainer, directory
-        self.deciding = {**deciding(config, genotype), "network.precision": trainer.precision}
+        binary = trainer.precision == "binary"
+        self.deciding = _deciding_network(config, genotype, binary=binary)
         self.hash = keys_hash(self.deciding)
         self.name, self.last, self.best, self.reporter = name, last, best, reporter
         self.position, self.sums = Position(), EpochSums()

@@ -93,9 +93,18 @@ def test_a_bad_value_is_named_with_what_would_be_right(key, value):
     assert "\n" not in text
 
 
-def test_a_batch_that_devices_do_not_divide():
-    with pytest.raises(UserError, match=r"config.search.batch_size is 256.*multiple of the 3 dev"):
-        configs.validate(configs.base_config(), num_devices=3)
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("search", r"config.search.batch_size is 256.*multiple of the 3 dev"),
+        ("train", r"config.train.batch_size is 128.*multiple of the 3 dev"),
+    ],
+)
+def test_a_batch_that_devices_do_not_divide(mode, words):
+    config = configs.base_config()
+    config.mode = mode
+    with pytest.raises(UserError, match=words):
+        configs.validate(config, num_devices=3)
 
 
 INDIFFERENT = {

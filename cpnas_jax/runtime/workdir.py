@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from cpnas_jax.runtime.atomic import write_atomically
-from cpnas_jax.runtime.errors import UserError, writing
+from cpnas_jax.runtime.errors import UserError, shown, writing
 from cpnas_jax.runtime.paths import user_path
 
 
@@ -141,7 +141,7 @@ class Workdir:
                 "use another --workdir"
             )
         differing = [
-            f"{key} (there {before.get(key)!r}, here {value!r})"
+            f"{key} (there {shown(before.get(key))}, here {shown(value)})"
             for key, value in deciding.items()
             if key not in before or before[key] != value
         ]

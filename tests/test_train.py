@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reads import note_reads
 from rich.console import Console
 
 from cpnas_jax import config as configs
@@ -161,6 +162,26 @@ def test_a_training_its_files_and_its_resume_in_the_middle_of_an_epoch(
     config.genotype = "DARTS_V2"
     with pytest.raises(UserError, match="differing: genotype"):
         run(config, tmp_path / "whole")
+
+
+READ_ELSEWHERE = {
+    "mode",
+    "evaluate.checkpoint",
+    "runtime.compilation_cache",
+    "dataset.validation_fraction",
+}
+
+
+def test_every_key_of_a_training_is_read(config, tmp_path, monkeypatch):
+    config.train.epochs = 1
+    # Records look at every key.
+    for name in ("deciding_keys", "flatten"):
+        monkeypatch.setattr(train_module, name, lambda *_: {})
+    read = note_reads(monkeypatch, config)
+    run(config, tmp_path)
+    expected = {key for key in configs.RULED_KEYS if not key.startswith(("search.", "binarizer."))}
+    assert expected - READ_ELSEWHERE - read == set()
+    assert {"binarizer", "network.precision"} <= read
 
 
 def test_evaluation_counts_every_example_once_with_running_averages(config):

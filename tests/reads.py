@@ -1,0 +1,22 @@
+"""Which keys of a config are read."""
+
+from ml_collections import config_dict
+
+
+def note_reads(monkeypatch, config):
+    """Return a set to which every dotted key that is read from now on is added."""
+    read = set()
+    sections = {id(config): ""}
+    sections |= {
+        id(value): f"{name}."
+        for name, value in config.items()
+        if isinstance(value, config_dict.ConfigDict)
+    }
+    getter = config_dict.ConfigDict.__getitem__
+
+    def noting(self, key):
+        read.add(f"{sections.get(id(self), '?')}{key}")
+        return getter(self, key)
+
+    monkeypatch.setattr(config_dict.ConfigDict, "__getitem__", noting)
+    return read

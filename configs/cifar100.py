@@ -5,14 +5,12 @@ python -m cpnas_jax.main --config=configs/cifar100.py:search --workdir=runs/cifa
 
 from ml_collections import config_dict
 
-from cpnas_jax.config import base_config, parse_argument, shrink
+from cpnas_jax.config import apply_argument, base_config
 
 
 def get_config(argument: str | None = None) -> config_dict.ConfigDict:
-    """Return the config of a mode; `,smoke` shrinks it."""
+    """Return the config of `mode,size,plus,smoke`, see `config.apply_argument`."""
     config = base_config()
-    config.mode, smoke = parse_argument(argument, default_mode="search")
     config.dataset.name = "cifar100"
-    if smoke:
-        shrink(config)
+    apply_argument(config, argument, default_mode="search")
     return config

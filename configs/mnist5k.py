@@ -5,16 +5,21 @@ python -m cpnas_jax.main --config=configs/mnist5k.py --workdir=runs/mnist5k
 
 from ml_collections import config_dict
 
-from cpnas_jax.config import base_config, parse_argument, shrink
+from cpnas_jax.config import apply_argument, base_config
+
+SIZES = {
+    "small": {"cells": 3, "channels": 16},
+    "medium": {"cells": 5, "channels": 16},
+    "large": {"cells": 5, "channels": 36},
+}
 
 
 def get_config(argument: str | None = None) -> config_dict.ConfigDict:
-    """Return the config of a mode; `,smoke` shrinks it."""
+    """Return the config of `mode,size,plus,smoke`, see `config.apply_argument`."""
     config = base_config()
-    config.mode, smoke = parse_argument(argument, default_mode="pipeline")
     config.dataset.name = "mnist5k"
     config.dataset.image_size = 14
-    config.dataset.examples = 2000  # of 4,000: enough to search in five minutes
+    config.search.examples = 2000  # of 4,000: enough to search in five minutes
     config.dataset.crop_padding = 1
     config.dataset.flip = False  # a mirrored digit is another sign
     config.search.rounds = 1
@@ -28,10 +33,7 @@ def get_config(argument: str | None = None) -> config_dict.ConfigDict:
     config.search.child_learning_rate = 0.005
     config.runtime.optimization_level = 1  # a short run: compiling is a sixth of it
     config.dataset.cutout = 0
-    if config.mode not in ("pipeline", "search"):
-        config.dataset.examples = 0
     config.network.update(cells=5, channels=16, drop_path=0.0, auxiliary=False)
     config.train.update(epochs=30, batch_size=50, learning_rate=2e-3, evaluate_every=5)
-    if smoke:
-        shrink(config)
+    apply_argument(config, argument, default_mode="pipeline", sizes=SIZES)
     return config

@@ -18,6 +18,9 @@ from cpnas_jax.config_rules import MODES, RULES
 from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.runtime.errors import UserError
 
+PLUS = ("residual", "prelu", "first_norm")
+"""The levers of `plus`: those that were measured to help (docs/results.md)."""
+
 
 def base_config() -> config_dict.ConfigDict:
     """Return all keys with the values of the CIFAR-10 search."""
@@ -25,22 +28,28 @@ def base_config() -> config_dict.ConfigDict:
     config.mode = "search"  # what to run, one of MODES
     config.seed = 0  # decides data parts, order, augmentation, weights and permutations
 
-    config.genotype = ""  # what to train: a genotype file, or a name of architecture/named.py
+    # What to train: a genotype file, or a name of architecture/named.py; "" is the workdir's own.
+    config.genotype = ""
 
     config.dataset = dataset = config_dict.ConfigDict()
     dataset.name = "cifar10"  # a tfds image classification set, or mnist5k
     dataset.data_dir = ""  # where tfds keeps prepared sets; "" is TFDS_DATA_DIR or tfds' default
     dataset.image_size = 0  # resize to this many pixels a side; 0 keeps the stored size
-    dataset.examples = 0  # use so many of the train split's, an equal share a class; 0 uses all
-    dataset.validation_fraction = 0.5  # of the train split, for scoring [kin]
+    dataset.stream = False  # decode while training, for sets that memory does not hold
+    dataset.workers = 0  # processes that decode a stream; 0 uses threads
     dataset.crop_padding = 4  # black border of the random crop [kin]
     dataset.flip = True  # random horizontal flip [kin]
     dataset.cutout = 16  # side of the square cut out in final training [kin]; 0 cuts nothing
+    dataset.color_jitter = 0.0  # in final training; 0.4 on ImageNet [kin]
+    dataset.crop_area = 0.08  # least share of an image in a stream's random resized crop [kin]
+    dataset.central_crop = 0.875  # share of a side that a stream's evaluation keeps [kin]
 
     config.search = search = config_dict.ConfigDict()
     search.strategy = "cp"  # Algorithm 9 [paper]
     search.beta_p = 2.0  # eq. 4.15; 2 is the best of the paper's ablation [paper]
     search.rounds = 3  # T, rounds of a stage [kin]
+    search.examples = 0  # use so many of the train split, an equal share a class; 0 uses all
+    search.validation_fraction = 0.5  # of them, for scoring [kin]
     search.operations = OPERATIONS  # the K operations every edge starts with [paper]
     search.cells = 6  # [kin]
     search.channels = 16  # C of the first cell [kin]
@@ -115,31 +124,60 @@ def base_config() -> config_dict.ConfigDict:
     return config.lock()
 
 
-def parse_argument(argument: str | None, default_mode: str) -> tuple[str, bool]:
-    """Read what follows the colon of --config=file.py:mode,smoke.
+SIZES = {
+    "small": {"cells": 10, "channels": 36},
+    "medium": {"cells": 20, "channels": 36},
+    "large": {"cells": 10, "channels": 100},
+}
+"""Networks by size: 1.4, 2.7 and 10.4 M parameters with the cells of DDPNAS_XNOR_1."""
 
-    Returns:
-        mode and whether to shrink the run to a smoke test.
+
+def apply_argument(
+    config: config_dict.ConfigDict,
+    argument: str | None,
+    default_mode: str,
+    modes: tuple[str, ...] = MODES,
+    sizes: dict[str, dict[str, int]] = SIZES,
+) -> None:
+    """Do what follows the colon of --config=file.py:mode,size,plus,smoke; to be called last.
+
+    Args:
+        config: changed in place.
+        argument: words in any order; a mode, one of `sizes` for the final network, `plus` for its
+            levers, `smoke` for a run of a minute.
+        default_mode: without a word for it.
+        modes: what the config offers.
+        sizes: word -> keys of `config.network`.
 
     Raises:
-        UserError: an unknown word.
+        UserError: an unknown word, or a mode that this config does not offer.
     """
-    mode, smoke = default_mode, False
-    for word in filter(None, (argument or "").split(",")):
-        if word == "smoke":
-            smoke = True
-        elif word in MODES:
-            mode = word
-        else:
+    config.mode = default_mode
+    words = tuple(filter(None, (argument or "").split(",")))
+    offered = (*modes, *sizes, "plus", "smoke")
+    for word in words:
+        if word in MODES and word not in modes:
             raise UserError(
-                f"config argument {word!r} is unknown; offered are {', '.join(MODES)} and smoke"
+                f"config argument {word!r}: this config has no {word}, only {', '.join(modes)}"
             )
-    return mode, smoke
+        if word not in offered:
+            raise UserError(
+                f"config argument {word!r} is unknown; offered are {', '.join(offered)}"
+            )
+        if word in modes:
+            config.mode = word
+        elif word in sizes:
+            config.network.update(sizes[word])
+        elif word == "plus":
+            config.network.update(dict.fromkeys(PLUS, True))
+    if "smoke" in words:
+        shrink(config)
 
 
 def shrink(config: config_dict.ConfigDict) -> None:
     """Turn a config into a smoke test: every part of a phase, in about a minute on one CPU."""
-    config.dataset.image_size = 8
+    # The ImageNet stem halves three times, the cells twice.
+    config.dataset.image_size = 32 if config.network.stem == "imagenet" else 8
     config.dataset.crop_padding = 1
     config.search.update(
         rounds=1,
@@ -153,19 +191,27 @@ def shrink(config: config_dict.ConfigDict) -> None:
     )
     config.dataset.cutout = 2
     config.network.update(cells=3, channels=4, separable_repeats=1)
-    config.train.update(epochs=2, batch_size=32, evaluate_every=1)
+    config.train.update(epochs=2, batch_size=32, evaluate_every=1, warmup_epochs=0)
     config.evaluate.batch_size = 32
 
 
 # What the other phase alone reads.
 _OTHERS = {
-    "search": ("network.", "train.", "evaluate.", "genotype", "dataset.cutout"),
-    "train": ("search.", "dataset.validation_fraction"),
+    "search": (
+        *("network.", "train.", "evaluate.", "dataset.cutout", "dataset.color_jitter"),
+        *("dataset.stream", "dataset.crop_area", "dataset.central_crop"),
+    ),
+    "train": ("search.",),
 }
 # Keys that do not decide a result, bit by bit: another value continues the same run.
 _INDIFFERENT = (
     "mode",
+    # The cells decide, not the place of their file; see `train.deciding`.
+    "genotype",
+    # Child and parent of one run have directories of their own.
+    "network.precision",
     "dataset.data_dir",
+    "dataset.workers",
     "runtime.steps_per_call",
     "runtime.keep_checkpoints",
     "runtime.checkpoint_every",
@@ -239,10 +285,10 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
             f"config.search.reductions is {tuple(search.reductions)!r}; with "
             f"config.search.cells={search.cells} positions are 0 to {search.cells - 1}"
         )
-    used = ("search.batch_size", "search.score_batch_size")
-    if config.mode in ("train", "evaluate"):
-        used = ("train.batch_size", "evaluate.batch_size")
-    for key in used:
+    searched = ("search.batch_size", "search.score_batch_size")
+    trained = ("train.batch_size", "evaluate.batch_size")
+    used = {"search": searched, "train": trained, "evaluate": trained, "summary": ()}
+    for key in used.get(config.mode, searched + trained):
         section, name = key.split(".")
         if config[section][name] % num_devices:
             raise UserError(

@@ -74,8 +74,11 @@ RULES = {
     ),
     "dataset.data_dir": Rule(lambda v: isinstance(v, str), "a string"),
     "dataset.image_size": _integer(0, 1024),
-    "dataset.examples": _integer(0),
-    "dataset.validation_fraction": Rule(lambda v: _is_number(v) and 0 < v < 1, "between 0 and 1"),
+    "dataset.stream": _boolean(),
+    "dataset.workers": _integer(0, 256),
+    "dataset.color_jitter": _number(0, 1),
+    "dataset.crop_area": _number(0, 1, open_low=True),
+    "dataset.central_crop": _number(0, 1, open_low=True),
     "dataset.crop_padding": _integer(0),
     "dataset.flip": _boolean(),
     "dataset.cutout": _integer(0),
@@ -116,6 +119,8 @@ RULES = {
     # Beyond, float32 alpha could not be checked against eq. 4.16 with any sense.
     "search.beta_p": _number(-100, 100),
     "search.rounds": _integer(1),
+    "search.examples": _integer(0),
+    "search.validation_fraction": Rule(lambda v: _is_number(v) and 0 < v < 1, "between 0 and 1"),
     "search.operations": Rule(
         _is_operations, f"a tuple of at least 2 different names of {', '.join(OPERATIONS)}"
     ),

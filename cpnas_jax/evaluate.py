@@ -61,6 +61,37 @@ class Evaluation:
         }
 
 
+def _zeros(classes: int) -> dict[str, jax.Array]:
+    return {
+        "top5": jnp.zeros((), jnp.int32),
+        "loss": jnp.zeros((), jnp.float32),
+        "confusion": jnp.zeros((classes, classes), jnp.int32),
+    }
+
+
+def _counted(
+    network: Network,
+    variables: Any,
+    sums: dict[str, jax.Array],
+    batch: Examples,
+    counts: jax.Array,
+) -> dict[str, jax.Array]:
+    """Add a batch's answers to the sums: counts f32[n], 1 for the examples that count."""
+    images = normalise(batch.images, batch.mean, batch.std)
+    labels = batch.labels
+    logits = cast(Outputs, network.apply(variables, images, train=False)).logits
+    answers = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    weights = counts.astype(jnp.int32)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    # Ties count against the network, so that equal logits are no answer.
+    better = jnp.sum((logits >= own).astype(jnp.int32), axis=1) - 1
+    return {
+        "top5": sums["top5"] + jnp.sum((better < TOP).astype(jnp.int32) * weights),
+        "loss": sums["loss"] + cross_entropy_sum(logits, labels, counts),
+        "confusion": sums["confusion"].at[labels, answers].add(weights),
+    }
+
+
 def make_evaluation_call(
     settings: NetworkSettings, num_examples: int, batch_size: int, num_devices: int
 ) -> Callable[[Any, Examples], dict[str, jax.Array]]:
@@ -73,7 +104,6 @@ def make_evaluation_call(
     per_device = batch_size // num_devices
     rows_of = indices.reshape(-1, num_devices, per_device)
     mask_of = mask.reshape(-1, num_devices, per_device)
-    classes = settings.num_classes
     network = Network(settings)
 
     def evaluation_call(variables: Any, examples: Examples) -> dict[str, jax.Array]:
@@ -82,30 +112,32 @@ def make_evaluation_call(
 
         def batch(sums: dict[str, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
             row, counts = part
-            images = normalise(examples.images[row], examples.mean, examples.std)
-            labels = examples.labels[row]
-            outputs = cast(Outputs, network.apply(variables, images, train=False))
-            logits = outputs.logits
-            answers = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            weights = counts.astype(jnp.int32)
-            own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-            # Ties count against the network, so that equal logits are no answer.
-            better = jnp.sum((logits >= own).astype(jnp.int32), axis=1) - 1
-            return {
-                "top5": sums["top5"] + jnp.sum((better < TOP).astype(jnp.int32) * weights),
-                "loss": sums["loss"] + cross_entropy_sum(logits, labels, counts),
-                "confusion": sums["confusion"].at[labels, answers].add(weights),
-            }, None
+            own = dataclasses.replace(
+                examples, images=examples.images[row], labels=examples.labels[row]
+            )
+            return _counted(network, variables, sums, own, counts), None
 
-        zeros = {
-            "top5": jnp.zeros((), jnp.int32),
-            "loss": jnp.zeros((), jnp.float32),
-            "confusion": jnp.zeros((classes, classes), jnp.int32),
-        }
-        sums, _ = lax.scan(batch, zeros, (rows, masks))
+        sums, _ = lax.scan(batch, _zeros(settings.num_classes), (rows, masks))
         return lax.psum(sums, AXIS)
 
     return evaluation_call
+
+
+def make_batch_evaluation_call(
+    settings: NetworkSettings,
+) -> Callable[[Any, Examples, jax.Array], dict[str, jax.Array]]:
+    """Return the function of one device that counts its answers on a batch; to be pmapped.
+
+    It takes {"params", "batch_stats"}, the device's part of the batch and a mask f32[n], and
+    returns the counts of `make_evaluation_call`, of this batch.
+    """
+    network = Network(settings)
+
+    def batch_call(variables: Any, batch: Examples, counts: jax.Array) -> dict[str, jax.Array]:
+        sums = _counted(network, variables, _zeros(settings.num_classes), batch, counts)
+        return lax.psum(sums, AXIS)
+
+    return batch_call
 
 
 def evaluation(counts: dict[str, np.ndarray], num_examples: int) -> Evaluation:

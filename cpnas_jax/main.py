@@ -23,6 +23,7 @@ from ml_collections import config_dict, config_flags
 from cpnas_jax import config as configs
 from cpnas_jax import environment
 from cpnas_jax.modes import evaluate_mode, summary_mode
+from cpnas_jax.pipeline import pipeline
 from cpnas_jax.runtime.checkpoints import silence_orphans
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
@@ -34,8 +35,7 @@ _MODES: dict[str, Callable[[config_dict.ConfigDict, str, Reporter], object]] = {
     "train": train,
     "evaluate": evaluate_mode,
     "summary": summary_mode,
-    # As far as it is whole: training follows by a command of its own.
-    "pipeline": search,
+    "pipeline": pipeline,
 }
 
 _CONFIG = config_flags.DEFINE_config_file(

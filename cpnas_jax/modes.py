@@ -7,79 +7,105 @@ from ml_collections import config_dict
 
 from cpnas_jax import evaluate as evaluation
 from cpnas_jax.architecture.genotype import Genotype
+from cpnas_jax.config import deciding_keys
+from cpnas_jax.data.datasets import describe
+from cpnas_jax.feeds import Feed, open_feed
 from cpnas_jax.models.summary import Summary, summarise, table
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.workdir import Workdir
-from cpnas_jax.train import CHILD_DIRECTORY, deciding, load_data, load_genotype
+from cpnas_jax.train import check_cells, directory_name, resolve_genotype, training_hash
 from cpnas_jax.trainer import Trainer, network_settings
 
 
 def summary_mode(
     config: config_dict.ConfigDict, workdir: str | os.PathLike[str], reporter: Reporter
 ) -> None:
-    """Say what the network of `config.genotype` costs, without training it."""
-    genotype = load_genotype(config.genotype)
+    """Say what the network of `config.genotype` costs, without its data and without training."""
     with Workdir(workdir) as directory:
-        train, _ = load_data(config)
-        binary = config.network.precision == "binary"
-        shape = train.images.shape[1:]
-        summary = _summarise(config, genotype, shape, train.num_classes, binary=binary)
-        _keep_summary(directory, summary, reporter)
+        genotype = resolve_genotype(config, directory)
+        write_summary(config, directory, reporter, genotype)
 
 
-def _summarise(
-    config: config_dict.ConfigDict,
-    genotype: Genotype,
-    shape: tuple[int, ...],
-    classes: int,
-    *,
-    binary: bool,
+def write_summary(
+    config: config_dict.ConfigDict, directory: Workdir, reporter: Reporter, genotype: Genotype
 ) -> Summary:
-    height, width, channels = shape
+    """Write `summary.json` of the network that the config trains, and show it as a table."""
+    dataset = config.dataset
+    shape, classes = describe(dataset.name, dataset.data_dir or None, dataset.image_size or None)
+    binary = config.network.precision == "binary"
     settings = network_settings(config, genotype, classes, binary=binary)
-    return summarise(settings, (height, width, channels))
-
-
-def _keep_summary(directory: Workdir, summary: Summary, reporter: Reporter) -> None:
+    summary = summarise(settings, shape)
     directory.write_json("summary.json", summary.to_dict())
     reporter.say(table(summary))
+    return summary
 
 
 def evaluate_mode(
     config: config_dict.ConfigDict, workdir: str | os.PathLike[str], reporter: Reporter
 ) -> None:
-    """Count the answers of a trained network over a split; write `evaluation.json`.
+    """Count the answers of a trained network over a split; see `evaluate_network`."""
+    with Workdir(workdir) as directory:
+        directory.refuse_other(deciding_keys(config, "train"))
+        genotype = resolve_genotype(config, directory)
+        binary = config.network.precision == "binary"
+        check_trained(config, directory, binary=binary)
+        evaluate_network(config, directory, reporter, genotype, open_feed(config), binary=binary)
+
+
+def _checkpoints(config: config_dict.ConfigDict, directory: Workdir, *, binary: bool) -> Any:
+    kind = "checkpoints" if config.evaluate.checkpoint == "last" else "best"
+    return directory.path / directory_name(binary) / kind
+
+
+def check_trained(config: config_dict.ConfigDict, directory: Workdir, *, binary: bool) -> None:
+    """Refuse a workdir without a training, before any data is read.
+
+    Raises:
+        UserError: what to run first.
+    """
+    path = _checkpoints(config, directory, binary=binary)
+    if not path.exists():
+        raise UserError(
+            f"{path} holds no checkpoint; run the same command with the mode `train` first"
+        )
+
+
+def evaluate_network(
+    config: config_dict.ConfigDict,
+    directory: Workdir,
+    reporter: Reporter,
+    genotype: Genotype,
+    feed: Feed,
+    *,
+    binary: bool,
+) -> None:
+    """Count a trained network's answers; write `evaluation.json` beside its checkpoints.
 
     Raises:
         UserError: the workdir holds no training of this config.
     """
-    genotype = load_genotype(config.genotype)
-    with Workdir(workdir) as directory:
-        directory.refuse_other(deciding(config, genotype))
-        kind = "checkpoints" if config.evaluate.checkpoint == "last" else "best"
-        path = directory.path / CHILD_DIRECTORY / kind
-        if not path.exists():
-            raise UserError(
-                f"{path} holds no checkpoint; run the same command with the mode `train` first"
-            )
-        train, split = load_data(config)
-        binary = config.network.precision == "binary"
-        settings = network_settings(config, genotype, train.num_classes, binary=binary)
-        trainer = Trainer(config, settings, train, split)
-        with Checkpoints(path, config.runtime.keep_checkpoints) as checkpoints:
-            found = checkpoints.restore_newest(trainer.initial_state())
-        if found is None:
-            raise UserError(f"{path} holds no checkpoint; train first")
-        trainer.load(found.state)
-        counted = trainer.evaluate()
-        value: dict[str, Any] = {
-            "split": config.evaluate.split,
-            "checkpoint": config.evaluate.checkpoint,
-            "epoch": found.record["position"]["epoch"],
-            "class_names": list(split.class_names),
-            **counted.to_dict(),
-        }
-        directory.write_json("evaluation.json", value)
-        reporter.say(evaluation.table(counted, split.class_names))
+    name, path = directory_name(binary), _checkpoints(config, directory, binary=binary)
+    check_cells(directory, name, genotype)
+    settings = network_settings(config, genotype, feed.facts.num_classes, binary=binary)
+    trainer = Trainer(config, settings, feed)
+    with Checkpoints(path, config.runtime.keep_checkpoints) as checkpoints:
+        found = checkpoints.restore_newest(trainer.initial_state())
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint; train first")
+    if found.record["config_hash"] != training_hash(config, genotype, binary=binary):
+        raise UserError(f"the checkpoints in {path} are of another config; use its config")
+    trainer.load(found.state)
+    counted = trainer.evaluate()
+    names = feed.facts.class_names
+    value: dict[str, Any] = {
+        "split": config.evaluate.split,
+        "checkpoint": config.evaluate.checkpoint,
+        "precision": trainer.precision,
+        "epoch": found.record["position"]["epoch"],
+        "class_names": list(names),
+        **counted.to_dict(),
+    }
+    directory.write_json(f"{name}/evaluation.json", value)
+    reporter.say(evaluation.table(counted, names))

@@ -95,14 +95,13 @@ def search(
     Raises:
         UserError: see the errors of the data, the workdir and the checkpoints.
     """
-    started = environment.process_start()
     with Workdir(workdir) as directory:
-        return _search(config, directory, reporter, started)
+        return search_in(config, directory, reporter)
 
 
-def _search(
-    config: config_dict.ConfigDict, directory: Workdir, reporter: Reporter, started: float
-) -> Genotype:
+def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Reporter) -> Genotype:
+    """Do what `search` does, in a workdir that is open already."""
+    started = environment.process_start()
     directory.refuse_other(deciding_keys(config))
     genotype = _finished(directory, config)
     if genotype is not None:
@@ -112,8 +111,9 @@ def _search(
 
     dataset = config.dataset
     split = load_split(dataset.name, "train", dataset.data_dir or None, dataset.image_size or None)
-    split = limit_examples(split, dataset.examples, config.seed)
-    train, validation = train_validation_parts(split, dataset.validation_fraction, config.seed)
+    split = limit_examples(split, config.search.examples, config.seed)
+    fraction = config.search.validation_fraction
+    train, validation = train_validation_parts(split, fraction, config.seed)
     total = num_sampled_epochs(config.search.rounds, len(config.search.operations))
     networks = Networks(config, train, validation, total, started)
     checkpoints = Checkpoints(

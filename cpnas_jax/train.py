@@ -12,15 +12,19 @@ from cpnas_jax import environment
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.named import NAMES, named_genotype
 from cpnas_jax.config import deciding_keys, flatten, keys_hash
-from cpnas_jax.data.datasets import Split, limit_examples, load_split
 from cpnas_jax.evaluate import Evaluation
+from cpnas_jax.feeds import Facts, Feed, open_feed
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.memory import describe
 from cpnas_jax.runtime.workdir import History, Workdir
 from cpnas_jax.trainer import EpochSums, Trainer, network_settings
 
-CHILD_DIRECTORY = "train"
+
+def directory_name(binary: bool) -> str:
+    """Return where in a workdir a training keeps its files: child and parent can share one."""
+    return "train" if binary else "parent"
 
 
 @dataclasses.dataclass
@@ -31,27 +35,23 @@ class Position:
     step: int = 0
 
 
-def load_genotype(name: str) -> Genotype:
-    """Return a genotype by its published name or from its file.
+def resolve_genotype(config: config_dict.ConfigDict, directory: Workdir) -> Genotype:
+    """Return the genotype that a config names, or where it names none, the workdir's own.
 
     Raises:
-        UserError: `config.genotype` is empty, no name and no readable file.
+        UserError: `config.genotype` is no name and no readable file, or is empty and the workdir
+            holds none.
     """
-    if not name:
+    name = config.genotype
+    if name in NAMES:
+        return named_genotype(name)
+    own = directory.path / "genotype.json"
+    if not name and not own.exists():
         raise UserError(
-            "config.genotype is empty; give a genotype file, such as a search writes, or one of "
-            f"{', '.join(NAMES)}"
+            f"config.genotype is empty and there is no {own}; give a genotype file, such as a "
+            f"search writes, or one of {', '.join(NAMES)}"
         )
-    return named_genotype(name) if name in NAMES else Genotype.load(name)
-
-
-def load_data(config: config_dict.ConfigDict) -> tuple[Split, Split]:
-    """Return the training split, as far as `dataset.examples` goes, and the test split."""
-    dataset = config.dataset
-    options = (dataset.data_dir or None, dataset.image_size or None)
-    train = load_split(dataset.name, "train", *options)
-    train = limit_examples(train, dataset.examples, config.seed)
-    return train, load_split(dataset.name, config.evaluate.split, *options)
+    return Genotype.load(name or own)
 
 
 def train(
@@ -67,44 +67,82 @@ def train(
     Raises:
         UserError: see the errors of the genotype, the data, the workdir and the checkpoints.
     """
-    genotype = load_genotype(config.genotype)
     with Workdir(workdir) as directory:
-        directory.refuse_other(deciding(config, genotype))
-        data = load_data(config)
+        directory.refuse_other(deciding_keys(config, "train"))
+        genotype = resolve_genotype(config, directory)
         binary = config.network.precision == "binary"
-        train_network(config, directory, reporter, genotype, data, binary=binary)
+        if not finished(config, directory, reporter, genotype, binary=binary):
+            train_network(config, directory, reporter, genotype, open_feed(config), binary=binary)
 
 
-def deciding(config: config_dict.ConfigDict, genotype: Genotype) -> dict[str, Any]:
-    """Return the keys that decide the result of a training, the cells in place of the file."""
-    edges = {
+def _cells(genotype: Genotype) -> dict[str, Any]:
+    return {
         cell: [list(dataclasses.astuple(edge)) for edge in edges]
         for cell, edges in genotype.cells()
     }
-    return {**deciding_keys(config, "train"), "genotype": edges}
 
 
-def _deciding_network(
-    config: config_dict.ConfigDict, genotype: Genotype, *, binary: bool
-) -> dict[str, Any]:
+def training_hash(config: config_dict.ConfigDict, genotype: Genotype, *, binary: bool) -> str:
+    """Return the digits that name what decides a training, the cells among it."""
     precision = "binary" if binary else "float"
-    return {**deciding(config, genotype), "network.precision": precision}
+    keys = {**deciding_keys(config, "train"), "network.precision": precision}
+    return keys_hash({**keys, "genotype": _cells(genotype)})
 
 
-def _plan(
-    config: config_dict.ConfigDict, trainer: Trainer, data: tuple[Split, Split], genotype: Genotype
-) -> str:
+def check_cells(directory: Workdir, name: str, genotype: Genotype) -> None:
+    """Compare the cells with those that were trained in this workdir before, if any were.
+
+    Raises:
+        UserError: they are others.
+    """
+    path = directory.path / name / "genotype.json"
+    if path.exists() and _cells(Genotype.load(path)) != _cells(genotype):
+        raise UserError(
+            f"config.genotype has other cells than were trained in {directory.path / name}, which "
+            f"are in {path}; give that file, or another --workdir"
+        )
+
+
+def finished(
+    config: config_dict.ConfigDict,
+    directory: Workdir,
+    reporter: Reporter,
+    genotype: Genotype,
+    *,
+    binary: bool,
+) -> bool:
+    """Tell whether this training is done already, and say so.
+
+    Raises:
+        UserError: the workdir holds the results of another one.
+    """
+    name = directory_name(binary)
+    check_cells(directory, name, genotype)
+    results = (directory.read_json("results.json") or {}).get(name)
+    if results is None:
+        return False
+    if results.get("config_hash") != training_hash(config, genotype, binary=binary):
+        raise UserError(
+            f"{directory.path / 'results.json'} has the results of another config's training; "
+            "use another --workdir"
+        )
+    reporter.say(
+        f"The training in {directory.path / name} is finished (test accuracy "
+        f"{results['test']['top1']:.4f}); nothing is run again."
+    )
+    return True
+
+
+def _plan(config: config_dict.ConfigDict, trainer: Trainer, facts: Facts, edges: int) -> str:
     """Say what will happen, in a few lines."""
-    train_split, test = data
-    size = "x".join(map(str, train_split.images.shape[1:]))
+    size = "x".join(map(str, facts.image_shape))
     network, options, devices = config.network, config.train, jax.device_count()
-    kind = "1-bit child" if trainer.precision == "binary" else "float network"
+    kind = "1-bit child" if trainer.precision == "binary" else "float parent"
     return "\n".join(
         [
-            f"Training a {kind} on {train_split.name}: {len(train_split.labels)} training and "
-            f"{len(test.labels)} test images of {size}, {train_split.num_classes} classes.",
-            f"Network: {network.cells} cells, C {network.channels}, "
-            f"{len(genotype.normal)} edges a cell.",
+            f"Training a {kind} on {facts.name}: {facts.num_train} training and "
+            f"{facts.num_test} test images of {size}, {facts.num_classes} classes.",
+            f"Network: {network.cells} cells, C {network.channels}, {edges} edges a cell.",
             f"{options.epochs} epochs of {trainer.steps_per_epoch} steps, evaluated every "
             f"{options.evaluate_every}.",
             f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}, batch "
@@ -118,35 +156,28 @@ def train_network(
     directory: Workdir,
     reporter: Reporter,
     genotype: Genotype,
-    data: tuple[Split, Split],
+    feed: Feed,
     *,
     binary: bool,
-    name: str = CHILD_DIRECTORY,
-) -> dict[str, Any]:
-    """Train one network under `<workdir>/<name>`; return what `results.json` says of it."""
-    results = directory.read_json("results.json") or {}
-    expected = keys_hash(_deciding_network(config, genotype, binary=binary))
-    if name in results:
-        if results[name].get("config_hash") != expected:
-            raise UserError(
-                f"{directory.path / 'results.json'} has the results of another config's training; "
-                "use another --workdir"
-            )
-        reporter.say(f"The training in {directory.path / name} is finished; nothing is run again.")
-        return results[name]
-    settings = network_settings(config, genotype, data[0].num_classes, binary=binary)
-    trainer = Trainer(config, settings, *data)
-    reporter.say(_plan(config, trainer, data, genotype))
-    keep = config.runtime.keep_checkpoints
+) -> None:
+    """Train one network in its part of a workdir; write what `results.json` says of it."""
+    name, facts = directory_name(binary), feed.facts
+    settings = network_settings(config, genotype, facts.num_classes, binary=binary)
+    trainer = Trainer(config, settings, feed)
+    reporter.say(_plan(config, trainer, facts, len(genotype.normal)))
     root = directory.path / name
-    with Checkpoints(root / "checkpoints", keep) as last, Checkpoints(root / "best", 1) as best:
+    check_cells(directory, name, genotype)
+    with (
+        Checkpoints(root / "checkpoints", config.runtime.keep_checkpoints) as last,
+        Checkpoints(root / "best", 1) as best,
+    ):
         run = _Run(config, genotype, trainer, directory, name, last, best, reporter)
         run.resume_or_start()
+        genotype.save(root / "genotype.json")
         run.go_on()
     results = directory.read_json("results.json") or {}
     results[name] = run.results()
     directory.write_json("results.json", results)
-    return results[name]
 
 
 class _Run:
@@ -164,9 +195,7 @@ class _Run:
         reporter: Reporter,
     ) -> None:
         self.config, self.trainer, self.directory = config, trainer, directory
-        binary = trainer.precision == "binary"
-        self.deciding = _deciding_network(config, genotype, binary=binary)
-        self.hash = keys_hash(self.deciding)
+        self.hash = training_hash(config, genotype, binary=trainer.precision == "binary")
         self.name, self.last, self.best, self.reporter = name, last, best, reporter
         self.position, self.sums = Position(), EpochSums()
         self.best_accuracy, self.best_epoch = -1.0, 0
@@ -188,8 +217,7 @@ class _Run:
                 f"(config_hash {found.record['config_hash']!r}, here {self.hash!r}); use another "
                 "--workdir"
             )
-        cells = {"genotype": self.deciding["genotype"]}
-        changes = self.directory.claim({**flatten(self.config), **cells}, environment.record())
+        changes = self.directory.claim(flatten(self.config), environment.record())
         if changes:
             self.reporter.say(
                 f"Begun elsewhere: {'; '.join(changes)}. The training goes on, but need not end "
@@ -217,11 +245,9 @@ class _Run:
         if position.epoch < epochs:
             self.reporter.log("compiling the training program")
             self.trainer.compile(position.epoch)
-            memory = self.trainer.memory_bytes()
-            parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in memory.items())
             self.reporter.say(
                 f"Compiled in {self.trainer.compile_seconds:.1f} s; estimated memory of a device: "
-                f"{sum(memory.values()) / 2**20:.0f} MiB ({parts})."
+                f"{describe(self.trainer.memory_bytes())}."
             )
             self.reporter.start_progress(epochs, position.epoch)
         while position.epoch < epochs:

@@ -1,4 +1,4 @@
-"""The compiled functions of final training: one step on a batch, several steps on resident data.
+"""The compiled functions of final training: a step on a batch, given or drawn from resident data.
 
 A step is forward and backward through the child (or the float parent), the loss of eq. 4.17 and
 4.18, and one update; gradients, running averages and metrics are averaged over the devices.
@@ -217,7 +217,7 @@ class TrainCall:
     Attributes:
         epoch: int32[].
         first_step: int32[], within the epoch.
-        num_steps: int32[], of this call.
+        num_steps: int32[], of this call; a call on a given batch is one step.
         key: uint32[2], data of the run's random key.
     """
 
@@ -227,8 +227,21 @@ class TrainCall:
     key: chex.Array
 
 
+BatchStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+"""What `make_batch_step` returns."""
+
+
+def _augmented(
+    settings: StepSettings, key: jax.Array, images: jax.Array, mean: jax.Array, std: jax.Array
+) -> jax.Array:
+    """Crop, mirror, normalise and cut out: uint8[n, H, W, C] to f32[n, H, W, C]."""
+    crop_key, cut_key = jax.random.split(key)
+    images = random_crop_flip(crop_key, images, settings.crop_padding, settings.flip)
+    return cutout(cut_key, normalise(images, mean, std), settings.cutout)
+
+
 def make_resident_call(
-    settings: StepSettings, batch_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    settings: StepSettings, batch_step: BatchStep
 ) -> Callable[[TrainState, Examples, TrainCall], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the function of one device that runs several steps on data it holds; to be pmapped.
 
@@ -246,14 +259,11 @@ def make_resident_call(
 
         def one(number: jax.Array, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
             rows = batch_indices(order, number, settings.batch_size, device, per_device)
-            crop_key, cut_key, drop_key = jax.random.split(
-                step_key(key, call.epoch, number, device), 3
+            own = step_key(key, call.epoch, number, device)
+            augment_key, drop_key = jax.random.split(own)
+            images = _augmented(
+                settings, augment_key, examples.images[rows], examples.mean, examples.std
             )
-            images = random_crop_flip(
-                crop_key, examples.images[rows], settings.crop_padding, settings.flip
-            )
-            images = normalise(images, examples.mean, examples.std)
-            images = cutout(cut_key, images, settings.cutout)
             return batch_step(state, images, examples.labels[rows], drop_key)
 
         names = ("loss", *LOSS_TERMS, "accuracy")
@@ -273,3 +283,26 @@ def make_resident_call(
         return lax.fori_loop(jnp.int32(0), call.num_steps, body, (state, zeros))
 
     return call_steps
+
+
+def make_stream_call(
+    settings: StepSettings, batch_step: BatchStep
+) -> Callable[[TrainState, Examples, TrainCall], tuple[TrainState, dict[str, jax.Array]]]:
+    """Return the function of one device that runs a step on a batch it is given; to be pmapped.
+
+    The examples are the device's part of the batch, cropped on the host. Metrics are those of
+    `make_resident_call`, of one step.
+    """
+
+    def call_step(
+        state: TrainState, batch: Examples, call: TrainCall
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        device = lax.axis_index(AXIS).astype(jnp.int32)
+        key = jax.random.wrap_key_data(call.key)
+        augment_key, drop_key = jax.random.split(step_key(key, call.epoch, call.first_step, device))
+        images = _augmented(settings, augment_key, batch.images, batch.mean, batch.std)
+        state, metrics = batch_step(state, images, batch.labels, drop_key)
+        bad = ~jnp.isfinite(metrics["loss"])
+        return state, {**metrics, "bad_step": jnp.where(bad, call.first_step, -1)}
+
+    return call_step

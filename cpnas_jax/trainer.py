@@ -13,15 +13,15 @@ from ml_collections import config_dict
 
 from cpnas_jax import environment, evaluate, train_optimizer
 from cpnas_jax.architecture.genotype import Genotype
-from cpnas_jax.data.datasets import Split, channel_statistics
 from cpnas_jax.data.order import weights_key
+from cpnas_jax.feeds import Feed
 from cpnas_jax.models import losses, network
 from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.blocks import Levers, OperationSettings
 from cpnas_jax.models.network import CellEdges, Network, NetworkSettings
 from cpnas_jax.runtime.errors import UserError
-from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
-from cpnas_jax.search_step import Examples
+from cpnas_jax.runtime.memory import check_memory, out_of_memory
+from cpnas_jax.runtime.parallel import replicate, to_host
 from cpnas_jax.train_step import (
     LOSS_TERMS,
     LossSettings,
@@ -29,11 +29,15 @@ from cpnas_jax.train_step import (
     TrainCall,
     TrainState,
     make_batch_step,
-    make_resident_call,
 )
 
 CHILD_KEY, FLOAT_KEY, SIDE_KEY = range(16, 19)
 """Numbers of the models in `weights_key`; those of the search are below."""
+
+_KNOBS = (
+    "config.train.batch_size, config.network.channels, config.network.cells, or the size of the "
+    "images, or use more devices"
+)
 
 
 def network_settings(
@@ -92,6 +96,28 @@ class EpochSums:
         return {name: value / self.steps for name, value in self.values.items()}
 
 
+def _check_sizes(
+    config: config_dict.ConfigDict, settings: NetworkSettings, shape: tuple[int, int, int]
+) -> None:
+    """Refuse images that the network's halvings leave no pixel of, and a cutout beyond them.
+
+    Raises:
+        UserError: the key and what would be right.
+    """
+    halvings = len(settings.reductions()) + (3 if settings.stem == "imagenet" else 0)
+    least = 2**halvings
+    if min(shape[:2]) < least:
+        raise UserError(
+            f"images of {shape[0]}x{shape[1]} are too small for a network that halves them "
+            f"{halvings} times; config.dataset.image_size must be at least {least}"
+        )
+    if config.dataset.cutout > min(shape[:2]):
+        raise UserError(
+            f"config.dataset.cutout is {config.dataset.cutout}; the images are of "
+            f"{shape[0]}x{shape[1]}, it must be at most {min(shape[:2])}"
+        )
+
+
 class Trainer:
     """A child or a float network with everything that is compiled or lives on a device."""
 
@@ -99,32 +125,31 @@ class Trainer:
         self,
         config: config_dict.ConfigDict,
         settings: NetworkSettings,
-        train: Split,
-        test: Split,
+        feed: Feed,
     ) -> None:
         """Place the data on the devices; nothing is compiled yet.
 
         Args:
             config: validated.
             settings: of `network_settings`.
-            train: training split.
-            test: split that is evaluated.
+            feed: the data.
 
         Raises:
-            UserError: sizes of the config that the data do not allow.
+            UserError: sizes of the config that the data or the memory do not allow.
         """
-        self._config, self._settings = config, settings
-        options = config.train
-        self.steps_per_epoch = len(train.labels) // options.batch_size
+        self._config, self._settings, self._feed = config, settings, feed
+        options, facts = config.train, feed.facts
+        self.steps_per_epoch = facts.num_train // options.batch_size
         if not self.steps_per_epoch:
             raise UserError(
                 f"config.train.batch_size is {options.batch_size}; the training split has only "
-                f"{len(train.labels)} images"
+                f"{facts.num_train} images"
             )
+        _check_sizes(config, settings, facts.image_shape)
         self.total_steps = options.epochs * self.steps_per_epoch
         self._num_devices = jax.device_count()
         self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
-        self._image_shape = train.images.shape[1:]
+        self._image_shape = facts.image_shape
         self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
         # H of a float network would be its own reconstruction.
         self._loss = LossSettings(
@@ -138,10 +163,8 @@ class Trainer:
         self._parent_optimizer = self._make_optimizer(False)
         self._programs: dict[Any, Any] = {}
         self.compile_seconds = 0.0
-        mean, std = channel_statistics(train.images)
-        self._examples = replicate(Examples(train.images, train.labels, mean, std))
-        self._test = replicate(Examples(test.images, test.labels, mean, std))
-        self._num_test = len(test.labels)
+        check_memory(self._fixed_bytes(), _KNOBS)
+        feed.place()
         self._state: TrainState
 
     def _make_optimizer(self, binary: bool) -> optax.GradientTransformation:
@@ -193,28 +216,28 @@ class Trainer:
         """Return the state before the first step, in host memory."""
         key = jax.random.key(self._config.seed)
         own = CHILD_KEY if self._settings.binary else FLOAT_KEY
+        make = jax.jit(self._make_state)
+        return jax.device_get(make(weights_key(key, own), weights_key(key, SIDE_KEY)))
 
-        def make(key: jax.Array, side: jax.Array) -> TrainState:
-            variables = self._initial(key, self._settings.binary)
-            params = variables["params"]
-            parent = None
-            if self._loss.parent_kernel:
-                beside = self._initial(side, False)
-                parent = {**beside, "optimizer": self._parent_optimizer.init(beside["params"])}
-            return TrainState(
-                params=params,
-                batch_stats=variables["batch_stats"],
-                optimizer=self._optimizer.init(params),
-                # A sum, not the same arrays: a state is donated, and nothing twice.
-                average=jax.tree.map(lambda p: p + 0, params)
-                if self._config.train.average_decay
-                else None,
-                means=self._initial_means(),
-                parent=parent,
-                step=jnp.zeros((), jnp.int32),
-            )
-
-        return jax.device_get(jax.jit(make)(weights_key(key, own), weights_key(key, SIDE_KEY)))
+    def _make_state(self, key: jax.Array, side: jax.Array) -> TrainState:
+        variables = self._initial(key, self._settings.binary)
+        params = variables["params"]
+        parent = average = None
+        if self._loss.parent_kernel:
+            beside = self._initial(side, False)
+            parent = {**beside, "optimizer": self._parent_optimizer.init(beside["params"])}
+        if self._config.train.average_decay:
+            # A sum, not the same arrays: a state is donated, and nothing twice.
+            average = jax.tree.map(lambda p: p + 0, params)
+        return TrainState(
+            params=params,
+            batch_stats=variables["batch_stats"],
+            optimizer=self._optimizer.init(params),
+            average=average,
+            means=self._initial_means(),
+            parent=parent,
+            step=jnp.zeros((), jnp.int32),
+        )
 
     def _initial_means(self) -> jax.Array | None:
         if not self._loss.center_weight:
@@ -236,22 +259,11 @@ class Trainer:
         """Return the state as numpy arrays."""
         return to_host(self._state)
 
-    def _train_program(self, epoch: int, call: TrainCall) -> Any:
+    def _train_program(self, epoch: int) -> Any:
         real = epoch < self._config.train.real_weights_epochs
-        return self._compiled(
-            ("train", real),
-            lambda: pmap_donated(
-                make_resident_call(
-                    self._step_settings(real),
-                    make_batch_step(
-                        self._step_settings(real), self._optimizer, self._parent_optimizer
-                    ),
-                )
-            ),
-            self._state,
-            self._examples,
-            call,
-        )
+        settings = self._step_settings(real)
+        step = make_batch_step(settings, self._optimizer, self._parent_optimizer)
+        return self._feed.program(self._compiled, ("train", real), settings, step, self._state)
 
     def _step_settings(self, real_weights: bool) -> StepSettings:
         options, dataset = self._config.train, self._config.dataset
@@ -276,35 +288,37 @@ class Trainer:
             self.compile_seconds += time.monotonic() - before
         return self._programs[name]
 
-    def _call(self, epoch: int, first_step: int, num_steps: int) -> TrainCall:
-        return replicate(
-            TrainCall(
-                epoch=np.asarray(epoch, np.int32),
-                first_step=np.asarray(first_step, np.int32),
-                num_steps=np.asarray(num_steps, np.int32),
-                key=self._key,
-            )
-        )
-
     def compile(self, epoch: int) -> None:
-        """Compile the training program of an epoch."""
-        self._train_program(epoch, self._call(epoch, 0, 1))
+        """Compile the training program of an epoch.
+
+        Raises:
+            UserError: it needs more memory than a device has.
+        """
+        try:
+            self._train_program(epoch)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise out_of_memory(str(error).splitlines()[0], _KNOBS) from error
+        check_memory(self.memory_bytes(), _KNOBS)
+
+    def _fixed_bytes(self) -> dict[str, int]:
+        """Return what a device holds whatever the program needs."""
+        state = jax.eval_shape(self._make_state, *[jax.eval_shape(lambda: jax.random.key(0))] * 2)
+        return {
+            "weights and optimizer": sum(
+                leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+            ),
+            "data": self._feed.device_bytes(),
+        }
 
     def memory_bytes(self) -> dict[str, int]:
         """Estimate what a device holds: state, data, and what the training program needs."""
-
-        def size(tree: Any) -> int:
-            return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // jax.local_device_count()
-
         needed = max(
             getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
             for program in self._programs.values()
         )
-        return {
-            "weights and optimizer": size(self._state),
-            "data": size((self._examples, self._test)),
-            "training program": needed,
-        }
+        return {**self._fixed_bytes(), "training program": needed}
 
     def train(self, epoch: int, first_step: int, num_steps: int, sums: EpochSums) -> None:
         """Run some steps of an epoch and add their metrics to `sums`.
@@ -313,10 +327,16 @@ class Trainer:
             UserError: the loss is not finite; nothing saved is lost.
         """
         before = time.monotonic()
-        call = self._call(epoch, first_step, num_steps)
-        program = self._train_program(epoch, call)
-        self._state, found = program(self._state, self._examples, call)
-        host = to_host(found)
+        call = TrainCall(
+            epoch=np.asarray(epoch, np.int32),
+            first_step=np.asarray(first_step, np.int32),
+            num_steps=np.asarray(num_steps, np.int32),
+            key=self._key,
+        )
+        program = self._train_program(epoch)
+        self._state, host = self._feed.train(
+            program, self._state, call, self._config.train.batch_size
+        )
         if int(host["bad_step"]) >= 0:
             key = "learning_rate" if self._settings.binary else "float_learning_rate"
             raise UserError(
@@ -341,14 +361,5 @@ class Trainer:
             "batch_stats": self._state.batch_stats,
         }
         batch = self._config.evaluate.batch_size
-        program = self._compiled(
-            "evaluate",
-            lambda: pmap_kept(
-                evaluate.make_evaluation_call(
-                    self._settings, self._num_test, batch, self._num_devices
-                )
-            ),
-            variables,
-            self._test,
-        )
-        return evaluate.evaluation(to_host(program(variables, self._test)), self._num_test)
+        counts = self._feed.count(self._compiled, self._settings, batch, variables)
+        return evaluate.evaluation(counts, self._feed.facts.num_test)

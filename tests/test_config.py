@@ -24,17 +24,43 @@ def test_every_key_has_a_rule():
     assert set(configs.flatten(configs.base_config())) == configs.RULED_KEYS
 
 
+SEARCHLESS = ("imagenet",)
+"""Configs of final training alone: their cells are found on CIFAR-10."""
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize(
     "argument",
-    [None, *(mode + end for mode in config_rules.MODES for end in ("", ",smoke"))],
+    [
+        *(None, "small,train", "summary,medium,plus", "evaluate,plus,large"),
+        *(mode + end for mode in config_rules.MODES for end in ("", ",smoke")),
+    ],
 )
 def test_every_config_builds_and_validates(path, argument):
+    mode = (argument or "").split(",")[0]
+    if path.stem in SEARCHLESS and mode in ("search", "pipeline"):
+        with pytest.raises(UserError, match=f"has no {mode}, only train, evaluate, summary"):
+            load(path, argument)
+        return
     config = load(path, argument)
     configs.validate(config, num_devices=1)
     assert config.is_locked
+    assert mode in ("", config.mode, "small")
     with pytest.raises(UserError, match="'nonsense' is unknown"):
         load(path, "nonsense")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_sizes_grow_and_plus_turns_its_levers_on(path):
+    plain, *sizes = (
+        load(path, argument).network for argument in ("train", "small", "medium", "large")
+    )
+    costs = [size.cells * size.channels**2 for size in sizes]
+    assert costs == sorted(set(costs))
+    plus = load(path, "train,plus").network
+    changed = {key for key in plain if plain[key] != plus[key]}
+    assert changed == {lever for lever in configs.PLUS if not plain[lever]}
+    assert all(plus[lever] for lever in configs.PLUS)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +76,8 @@ def test_every_config_builds_and_validates(path, argument):
         ("search.cells", 101),
         ("runtime.steps_per_call", 10**26),
         ("search.learning_rate", 1e300),
-        ("dataset.validation_fraction", 0.0),
-        ("dataset.validation_fraction", 1.0),
+        ("search.validation_fraction", 0.0),
+        ("search.validation_fraction", 1.0),
         ("dataset.crop_padding", -1),
         ("search.strategy", "magic"),
         ("search.beta_p", float("nan")),
@@ -109,7 +135,10 @@ def test_a_batch_that_devices_do_not_divide(mode, words):
 
 INDIFFERENT = {
     "mode",
+    "genotype",
+    "network.precision",
     "dataset.data_dir",
+    "dataset.workers",
     "evaluate.batch_size",
     "evaluate.checkpoint",
     "runtime.steps_per_call",
@@ -117,10 +146,10 @@ INDIFFERENT = {
     "runtime.checkpoint_every",
     "runtime.compilation_cache",
 }
-OF_SEARCH = {"dataset.validation_fraction", *(k for k in configs.RULED_KEYS if "search." in k)}
+OF_SEARCH = {k for k in configs.RULED_KEYS if "search." in k}
 OF_TRAINING = {
-    "genotype",
-    "dataset.cutout",
+    *(f"dataset.{name}" for name in ("stream", "cutout", "color_jitter")),
+    *(f"dataset.{name}" for name in ("crop_area", "central_crop")),
     *(k for k in configs.RULED_KEYS if k.split(".")[0] in ("network", "train", "evaluate")),
 }
 

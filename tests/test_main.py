@@ -44,9 +44,9 @@ def call(monkeypatch):
         ((MNIST, "--config.search.rounds=abc"), 1, ["config.search.rounds", "abc", "at least 1"]),
         ((MNIST, "--config.search.beta_p=1e300"), 1, ["config.search.beta_p is 1e+300", "-100"]),
         (
-            (MNIST, "--config.dataset.validation_fraction=1e-9"),
+            (MNIST, "--config.search.validation_fraction=1e-9"),
             1,
-            ["dataset.validation_fraction=1e-09 leaves an empty part"],
+            ["search.validation_fraction=1e-09 leaves an empty part"],
         ),
         ((MNIST, "--config.search.rounds=0"), 1, ["config.search.rounds is 0", "at least 1"]),
         ((MNIST, "--config.search.beta_p=nan"), 1, ["config.search.beta_p is nan"]),

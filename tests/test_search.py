@@ -25,7 +25,7 @@ from cpnas_jax.search import search
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
-    "--config.dataset.examples=640",
+    "--config.search.examples=640",
     "--config.search.operations=('none','skip_connect','sep_conv_3x3')",
     "--config.runtime.optimization_level=0",  # compiling takes longer than these searches
 )
@@ -267,8 +267,8 @@ def test_the_test_split_is_never_touched(on_eight_devices):
 
 def test_an_empty_validation_part_is_refused(data_dir, tmp_path):
     config = small_config(data_dir)
-    config.dataset.validation_fraction = 1e-9
-    with pytest.raises(UserError, match=r"dataset.validation_fraction"):
+    config.search.validation_fraction = 1e-9
+    with pytest.raises(UserError, match=r"search.validation_fraction"):
         search(config, tmp_path, quiet())
 
 

@@ -90,6 +90,39 @@ def load_split(
     )
 
 
+_KNOWN: dict[str, tuple[tuple[int | None, int | None, int | None], int]] = {
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "imagenet2012": ((None, None, 3), 1000),
+    "mnist5k": ((28, 28, 1), 10),
+}
+
+
+def describe(
+    name: str, data_dir: str | os.PathLike[str] | None = None, image_size: int | None = None
+) -> tuple[tuple[int, int, int], int]:
+    """Return the shape of a set's images, as `load_split` gives them, and its number of classes.
+
+    Nothing but metadata is read, and for the sets of the configs not even that.
+
+    Raises:
+        UserError: the set is not prepared, or its images differ in size and no `image_size` was
+            given.
+    """
+    if name in _KNOWN:
+        shape, classes = _KNOWN[name]
+    else:
+        prepared = records.open_prepared(name, data_dir)
+        shape, classes = prepared.image_shape, len(prepared.class_names)
+    height, width = (image_size or extent for extent in shape[:2])
+    if height is None or width is None:
+        raise UserError(
+            f"the images of {name} differ in size; set config.dataset.image_size to the size they "
+            "shall have"
+        )
+    return (height, width, shape[2] or 3), classes
+
+
 def train_validation_parts(
     split: Split, validation_fraction: float, seed: int
 ) -> tuple[Split, Split]:
@@ -116,7 +149,7 @@ def train_validation_parts(
     validation_size = round(Fraction(str(float(validation_fraction))) * size)
     if not 0 < validation_size < size:
         raise UserError(
-            f"config.dataset.validation_fraction={validation_fraction} leaves an empty part of "
+            f"config.search.validation_fraction={validation_fraction} leaves an empty part of "
             f"{size} images; it must be above 0 and below 1, with an image in either part"
         )
     # Sorting raw bits, whose stream numpy guarantees; that of `permutation` it does not.
@@ -146,8 +179,7 @@ def limit_examples(split: Split, examples: int, seed: int) -> Split:
         return split
     if examples > size:
         raise UserError(
-            f"config.dataset.examples={examples} is more than the {size} of {split.name}; "
-            "0 uses all"
+            f"config.search.examples={examples} is more than the {size} of {split.name}; 0 uses all"
         )
     return train_validation_parts(split, examples / size, seed)[1]
 

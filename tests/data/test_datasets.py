@@ -308,7 +308,7 @@ def test_parts_depend_on_the_seed_alone():
 
 @pytest.mark.parametrize("fraction", [0, 0.0001, 0.9999, 1, 1.5, -0.5])
 def test_empty_part(fraction):
-    with pytest.raises(UserError, match=r"dataset\.validation_fraction=.* leaves an empty part"):
+    with pytest.raises(UserError, match=r"search\.validation_fraction=.* leaves an empty part"):
         datasets.train_validation_parts(blank(np.arange(100) % 10, 10), fraction, 0)
 
 

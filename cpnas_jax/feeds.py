@@ -1,0 +1,304 @@
+"""Where final training takes its images from: data that lives on the devices, or a stream.
+
+A feed gives one device's functions to compile, their arguments, and runs them; what is trained is
+not its business. Order and augmentation are functions of (seed, epoch, step) in both, so that a
+feed has no state that a checkpoint would have to hold.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import numpy as np
+from ml_collections import config_dict
+
+from cpnas_jax import evaluate
+from cpnas_jax.data.datasets import Split, channel_statistics, load_split
+from cpnas_jax.models.network import NetworkSettings
+from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.parallel import (
+    pmap_donated,
+    pmap_kept,
+    replicate,
+    shard,
+    to_host,
+)
+from cpnas_jax.search_step import Examples
+from cpnas_jax.train_step import (
+    BatchStep,
+    StepSettings,
+    TrainCall,
+    TrainState,
+    make_resident_call,
+    make_stream_call,
+)
+
+if TYPE_CHECKING:
+    from cpnas_jax.data.stream import Stream
+
+Compiled = Callable[..., Any]
+"""(name, make, *arguments) -> the compiled program of what `make()` returns, made once a name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a data set before any of it is on a device.
+
+    Attributes:
+        name: of the data set.
+        image_shape: (height, width, channels) as the network sees it.
+        num_train: training examples.
+        num_test: examples of the split that is evaluated.
+        class_names: in the order of the labels.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    num_train: int
+    num_test: int
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Return the number of classes, present in the splits or not."""
+        return len(self.class_names)
+
+
+class Feed(Protocol):
+    """What `Trainer` asks of its data."""
+
+    facts: Facts
+
+    def device_bytes(self) -> int:
+        """Return what the data takes on each device."""
+
+    def place(self) -> None:
+        """Put on the devices what lives there."""
+
+    def program(
+        self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
+    ) -> Any:
+        """Return the compiled training program."""
+
+    def train(
+        self, program: Any, state: Any, call: TrainCall, batch_size: int
+    ) -> tuple[Any, dict[str, Any]]:
+        """Run the steps of a call; return the new state and the metrics' sums on the host."""
+
+    def count(
+        self, compiled: Compiled, settings: NetworkSettings, batch_size: int, variables: Any
+    ) -> dict[str, np.ndarray]:
+        """Return the counts of `evaluate.evaluation` over the whole test split."""
+
+
+def open_feed(config: config_dict.ConfigDict) -> Feed:
+    """Return the feed of a config: the splits `train` and `evaluate.split` of its data set.
+
+    Raises:
+        UserError: see the errors of the data; a stream without `dataset.image_size`.
+    """
+    dataset, split = config.dataset, config.evaluate.split
+    if dataset.stream:
+        if not dataset.image_size:
+            raise UserError(
+                "config.dataset.image_size is 0; with config.dataset.stream it must be the side "
+                "of the network's images, such as 224"
+            )
+        from cpnas_jax.data.stream import Stream
+
+        options = (dataset.data_dir or None, dataset.image_size)
+        streams = [Stream(dataset.name, name, *options) for name in ("train", split)]
+        return StreamFeed(streams[0], streams[1], config)
+    options = (dataset.data_dir or None, dataset.image_size or None)
+    return ResidentFeed(*(load_split(dataset.name, name, *options) for name in ("train", split)))
+
+
+class ResidentFeed:
+    """Both splits as uint8 in the memory of every device; many steps run in one call."""
+
+    def __init__(self, train: Split, test: Split) -> None:
+        height, width, channels = train.images.shape[1:]
+        if test.images.shape[1:] != train.images.shape[1:]:
+            sizes = ["x".join(map(str, split.images.shape[1:])) for split in (train, test)]
+            raise UserError(
+                f"the training images of {train.name} are of {sizes[0]}, those to evaluate of "
+                f"{sizes[1]}; set config.dataset.image_size"
+            )
+        self.facts = Facts(
+            train.name,
+            (height, width, channels),
+            len(train.labels),
+            len(test.labels),
+            train.class_names,
+        )
+        self._splits = (train, test)
+        self._train: Examples
+        self._test: Examples
+
+    def device_bytes(self) -> int:
+        """Return the size of both splits."""
+        return sum(split.images.nbytes + split.labels.nbytes for split in self._splits)
+
+    def place(self) -> None:
+        """Put both splits on every device."""
+        mean, std = channel_statistics(self._splits[0].images)
+        self._train, self._test = (
+            replicate(Examples(split.images, split.labels, mean, std)) for split in self._splits
+        )
+
+    def program(
+        self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
+    ) -> Any:
+        """Return the compiled program of any number of steps."""
+        zero = np.zeros((), np.int32)
+        call = replicate(TrainCall(zero, zero, zero, _any_key()))
+        return compiled(
+            name,
+            lambda: pmap_donated(make_resident_call(settings, step)),
+            state,
+            self._train,
+            call,
+        )
+
+    def train(
+        self, program: Any, state: TrainState, call: TrainCall, batch_size: int
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Run the steps of a call in one go."""
+        del batch_size
+        state, found = program(state, self._train, replicate(call))
+        return state, to_host(found)
+
+    def count(
+        self, compiled: Compiled, settings: NetworkSettings, batch_size: int, variables: Any
+    ) -> dict[str, np.ndarray]:
+        """Count the answers over the test split."""
+        program = compiled(
+            "evaluate",
+            lambda: pmap_kept(
+                evaluate.make_evaluation_call(
+                    settings, self.facts.num_test, batch_size, jax.device_count()
+                )
+            ),
+            variables,
+            self._test,
+        )
+        return to_host(program(variables, self._test))
+
+
+def _any_key() -> np.ndarray:
+    return np.asarray(jax.random.key_data(jax.random.key(0)))
+
+
+class StreamFeed:
+    """Batches that are read, decoded and cropped on the host while the devices work."""
+
+    def __init__(self, train: "Stream", test: "Stream", config: config_dict.ConfigDict) -> None:
+        self._streams, self._config = (train, test), config
+        self.facts = Facts(
+            train.name,
+            train.image_shape,
+            train.num_examples,
+            test.num_examples,
+            train.class_names,
+        )
+        self._statistics: tuple[np.ndarray, np.ndarray]
+        # The batches that follow step `_next` = (epoch, step), as long as calls follow each other.
+        self._batches: Iterator[Examples] | None = None
+        self._next = (0, 0)
+
+    def device_bytes(self) -> int:
+        """Return the size of the batches that wait on a device."""
+        pixels = int(np.prod(self.facts.image_shape))
+        return 3 * pixels * self._config.train.batch_size // jax.device_count()
+
+    def place(self) -> None:
+        """Estimate the channels' statistics; images follow batch by batch."""
+        self._statistics = self._streams[0].channel_statistics()
+
+    def _examples(self, images: np.ndarray, labels: np.ndarray) -> Examples:
+        mean, std = (replicate(value) for value in self._statistics)
+        return Examples(shard(images), shard(labels), mean, std)
+
+    def program(
+        self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
+    ) -> Any:
+        """Return the compiled program of one step."""
+        zero = np.zeros((), np.int32)
+        rows = settings.batch_size // jax.process_count()
+        blank = self._examples(
+            np.zeros((rows, *self.facts.image_shape), np.uint8), np.zeros(rows, np.int32)
+        )
+        return compiled(
+            name,
+            lambda: pmap_donated(make_stream_call(settings, step)),
+            state,
+            blank,
+            replicate(TrainCall(zero, zero, zero, _any_key())),
+        )
+
+    def _training_batches(self, epoch: int, first_step: int, batch_size: int) -> Iterator[Examples]:
+        if self._batches is None or self._next != (epoch, first_step):
+            self._close()
+            dataset = self._config.dataset
+            found = self._streams[0].training_batches(
+                seed=self._config.seed,
+                epoch=epoch,
+                first_step=first_step,
+                batch_size=batch_size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                area=(dataset.crop_area, 1.0),
+                workers=dataset.workers,
+            )
+            self._batches = prefetch(found, lambda batch: self._examples(*batch))
+        return self._batches
+
+    def _close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
+
+    def train(
+        self, program: Any, state: TrainState, call: TrainCall, batch_size: int
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Run the steps of a call, each on a batch of its own."""
+        epoch, first, count = (int(n) for n in (call.epoch, call.first_step, call.num_steps))
+        batches = self._training_batches(epoch, first, batch_size)
+        found = []
+        for step in range(first, first + count):
+            number = dataclasses.replace(call, first_step=np.asarray(step, np.int32))
+            state, metrics = program(state, next(batches), replicate(number))
+            found.append(metrics)
+            if jax.default_backend() == "cpu":
+                # Queued collectives of several CPU devices can wait for each other for ever.
+                jax.block_until_ready(metrics)
+        self._next = (epoch, first + count)
+        hosts = [to_host(metrics) for metrics in found]
+        sums = {name: sum(float(host[name]) for host in hosts) for name in hosts[0]}
+        bad = [int(host["bad_step"]) for host in hosts if host["bad_step"] >= 0]
+        return state, {**sums, "bad_step": min(bad, default=-1)}
+
+    def count(
+        self, compiled: Compiled, settings: NetworkSettings, batch_size: int, variables: Any
+    ) -> dict[str, np.ndarray]:
+        """Count the answers over the test split, batch by batch."""
+        batches = self._streams[1].evaluation_batches(
+            batch_size=batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            central=self._config.dataset.central_crop,
+        )
+        placed = prefetch(batches, lambda batch: (self._examples(*batch[:2]), shard(batch[2])))
+        counts: list[dict[str, np.ndarray]] = []
+        for examples, mask in placed:
+            program = compiled(
+                "evaluate",
+                lambda: pmap_kept(evaluate.make_batch_evaluation_call(settings)),
+                variables,
+                examples,
+                mask,
+            )
+            counts.append(to_host(program(variables, examples, mask)))
+        return functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), counts)

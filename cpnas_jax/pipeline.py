@@ -1,0 +1,57 @@
+"""The whole way in one command: search, train the child, train the parent, evaluate, summarise."""
+
+import os
+
+from ml_collections import config_dict
+
+from cpnas_jax.config import deciding_keys
+from cpnas_jax.feeds import Feed, open_feed
+from cpnas_jax.modes import evaluate_network, write_summary
+from cpnas_jax.runtime.console import Reporter
+from cpnas_jax.runtime.workdir import Workdir
+from cpnas_jax.search import search_in
+from cpnas_jax.train import directory_name, finished, train_network
+
+
+def pipeline(
+    config: config_dict.ConfigDict, workdir: str | os.PathLike[str], reporter: Reporter
+) -> None:
+    """Run every phase that is not done yet; what `results.json` holds is the whole result.
+
+    Args:
+        config: validated; its `network.precision` is not read, both are trained.
+        workdir: where all files go; a started one is resumed.
+        reporter: prints what happens.
+
+    Raises:
+        UserError: see the errors of the phases.
+    """
+    with Workdir(workdir) as directory:
+        directory.refuse_other(deciding_keys(config, "train"))
+        genotype = search_in(config, directory, reporter)
+        feed: Feed | None = None
+        for binary in (True, False):
+            done = finished(config, directory, reporter, genotype, binary=binary)
+            evaluated = directory.path / directory_name(binary) / "evaluation.json"
+            if done and evaluated.exists():
+                continue
+            feed = feed or open_feed(config)
+            if not done:
+                train_network(config, directory, reporter, genotype, feed, binary=binary)
+            evaluate_network(config, directory, reporter, genotype, feed, binary=binary)
+        with config.unlocked():
+            config.network.precision = "binary"
+        summary = write_summary(config, directory, reporter, genotype).to_dict()
+        results = directory.read_json("results.json") or {}
+        results["summary"] = {key: value for key, value in summary.items() if key != "layers"}
+        directory.write_json("results.json", results)
+        child, parent = (
+            results[directory_name(binary)]["test"]["top1"] for binary in (True, False)
+        )
+        seconds = {name: results[name]["seconds"] for name in ("search", "train", "parent")}
+        reporter.say(
+            f"Test accuracy: 1-bit child {child:.4f}, float parent {parent:.4f}; the child is "
+            f"{summary['compression']:.1f} times smaller. Seconds: "
+            + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+            + f". All of it is in {directory.path / 'results.json'}."
+        )

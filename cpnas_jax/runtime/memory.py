@@ -1,0 +1,32 @@
+"""Device memory: refusing what cannot fit before it runs."""
+
+from cpnas_jax import environment
+from cpnas_jax.runtime.errors import UserError
+
+
+def describe(parts: dict[str, int]) -> str:
+    """Return the estimate as text: the sum, and each part."""
+    each = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in parts.items())
+    return f"{sum(parts.values()) / 2**20:.0f} MiB ({each})"
+
+
+def out_of_memory(reason: str, knobs: str) -> UserError:
+    """Return the error for a run that a device cannot hold."""
+    return UserError(f"this run does not fit on a device: {reason}; lower {knobs}")
+
+
+def check_memory(parts: dict[str, int], knobs: str) -> None:
+    """Compare what a device would hold with what it has, where the platform tells.
+
+    Args:
+        parts: name -> bytes of a device.
+        knobs: the keys to lower.
+
+    Raises:
+        UserError: it is more than the device has.
+    """
+    available = environment.device_memory()
+    if available is not None and sum(parts.values()) > available:
+        raise out_of_memory(
+            f"it needs about {describe(parts)}, a device has {available / 2**20:.0f} MiB", knobs
+        )

@@ -76,6 +76,7 @@ def base_config() -> config_dict.ConfigDict:
     network.separable_repeats = 2  # units of a sep_conv: 2 [kin], or 1 as figure 4.8 draws it
     network.binary_preprocess = True  # 1-bit 1x1 preprocessing in the child [ours]
     network.normalize_pools = True  # BN after pooling, as in the search [kin]
+    network.recompute = False  # convolutions anew in the backward pass: half the memory [ours]
     network.residual = False  # x + unit(x) over each separable unit at stride 1 [kin]
     network.prelu = False  # PReLU after the BN of a unit [kin]
     network.first_norm = False  # BN before a unit's first sign [kin]

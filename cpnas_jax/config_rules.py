@@ -92,6 +92,7 @@ RULES = {
     "network.separable_repeats": _one_of((1, 2)),
     "network.binary_preprocess": _boolean(),
     "network.normalize_pools": _boolean(),
+    "network.recompute": _boolean(),
     **{f"network.{lever.name}": _boolean() for lever in dataclasses.fields(Levers)},
     "train.epochs": _integer(1),
     "train.batch_size": _integer(1),

@@ -35,8 +35,8 @@ CHILD_KEY, FLOAT_KEY, SIDE_KEY = range(16, 19)
 """Numbers of the models in `weights_key`; those of the search are below."""
 
 _KNOBS = (
-    "config.train.batch_size, config.network.channels, config.network.cells, or the size of the "
-    "images, or use more devices"
+    "config.train.batch_size, config.network.channels, config.network.cells or the size of the "
+    "images, set config.network.recompute=True, or use more devices"
 )
 
 
@@ -59,6 +59,7 @@ def network_settings(
         stem=net.stem,
         auxiliary=net.auxiliary,
         binary=binary,
+        recompute=net.recompute,
         operations=OperationSettings(
             binarizer=Binarizer(**config.binarizer.to_dict()),
             formulation=config.runtime.formulation,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 FORMULATIONS = ("auto", "native", "shifted")
 BATCH_NORM_EPSILON = 1e-3
@@ -133,9 +134,11 @@ def _shifted_depthwise_backward(
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel, pad_value = residuals
-    x_gradient, kernel_gradient = _depthwise_gradients(
-        x, kernel, pad_value, cotangent, stride, dilation
-    )
+    # Inlined, what makes x and the cotangent would be fused in, and computed anew for every tap.
+    with set_xla_metadata(inlineable="false"):
+        x_gradient, kernel_gradient = _depthwise_gradients(
+            x, kernel, pad_value, cotangent, stride, dilation
+        )
     return x_gradient, kernel_gradient, jnp.zeros_like(pad_value)
 
 

@@ -19,10 +19,14 @@ from cpnas_jax.models import layers
 from cpnas_jax.models.blocks import Norm, OperationSettings, kernel_init
 from cpnas_jax.models.initial import draw_kernels
 from cpnas_jax.models.operations import Preprocess, make_operation
+from cpnas_jax.models.recompute import apply_recomputed
 from cpnas_jax.models.space import CELL_TYPES, EDGES, NUM_INPUTS, NUM_NODES, OPERATIONS
 
 STEMS = ("cifar", "imagenet")
 """`cifar`: a 3x3 convolution to 3 C channels. `imagenet`: three of stride 2, to C channels."""
+
+CONVOLUTIONS = tuple(name for name in OPERATIONS if "conv" in name)
+"""The operations that are worth recomputing."""
 
 CellEdges = tuple[tuple[int, int, str], ...]
 """The (source, target, operation) of a cell's edges."""
@@ -41,6 +45,8 @@ class NetworkSettings:
         stem: one of `STEMS`.
         auxiliary: whether there is an auxiliary classifier after cell 2L // 3.
         binary: child (True) or parent (False).
+        recompute: convolutions are computed again in the backward pass of training, in place of
+            keeping what they leave behind: about half the memory.
         operations: what the operations share; its `normalization` is set by `Network`.
 
     Raises:
@@ -55,6 +61,7 @@ class NetworkSettings:
     stem: str = "cifar"
     auxiliary: bool = True
     binary: bool = True
+    recompute: bool = False
     operations: OperationSettings = dataclasses.field(default_factory=OperationSettings)
 
     def __post_init__(self) -> None:
@@ -200,12 +207,14 @@ class Cell(nn.Module):
         place: kind, channels, and whether the first input is larger.
         binary: child or parent.
         settings: shared by the operations.
+        recompute: as in `NetworkSettings`.
     """
 
     edges: CellEdges
     place: CellPlace
     binary: bool
     settings: OperationSettings
+    recompute: bool = False
 
     @nn.compact
     def __call__(
@@ -230,16 +239,21 @@ class Cell(nn.Module):
                 if node != target or name == "none":
                     continue
                 stride = 2 if place.kind == "reduce" and source < NUM_INPUTS else 1
-                operation = make_operation(
-                    name, place.channels, stride, settings, f"edge{source}_{target}"
-                )
-                y = operation(nodes[source], self.binary)
+                y = self._edge(name, stride, f"edge{source}_{target}", nodes[source])
                 if drop_path is not None and (name, stride) != ("skip_connect", 1):
                     y = _drop_path(y, drop_path, self.make_rng("drop_path"))
                 total = y if total is None else total + y
             assert total is not None
             nodes.append(total)
         return (last_two[1], jnp.concatenate(nodes[NUM_INPUTS:], axis=-1)), None
+
+    def _edge(self, operation: str, stride: int, name: str, x: jax.Array) -> jax.Array:
+        arguments = (operation, self.place.channels, stride, self.settings)
+        worthwhile = operation in CONVOLUTIONS and self.settings.normalization == "train"
+        if worthwhile and self.recompute and not self.is_initializing():
+            return apply_recomputed(self, name, make_operation(*arguments), x, self.binary)
+        module: Any = make_operation(*arguments, name)
+        return module(x, self.binary)
 
 
 def _drop_path(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
@@ -322,9 +336,9 @@ class Network(nn.Module):
                 )
             edges = getattr(net, stretch.place.kind)
             name = f"cells{stretch.first}"
-            last_two, _ = cell(edges, stretch.place, net.binary, operations, name=name)(
-                last_two, drop_path
-            )
+            last_two, _ = cell(
+                edges, stretch.place, net.binary, operations, net.recompute, name=name
+            )(last_two, drop_path)
             if net.auxiliary and stretch.first + stretch.length - 1 == net.auxiliary_cell():
                 head = Auxiliary(net.num_classes, operations, name="auxiliary")
                 # Made at initialisation whatever `train` is; unused outside training.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from fractions import Fraction
 
 import numpy as np
@@ -32,6 +33,20 @@ class Split:
     name: str
 
 
+def open_set(name: str, data_dir: str | os.PathLike[str] | None) -> records.PreparedSet:
+    """Open a prepared set; `mnist5k` is prepared on its first use.
+
+    Raises:
+        UserError: see `records.open_prepared` and `mnist5k.prepare`.
+    """
+    if name == "mnist5k":
+        # Imported here: defining the builder needs tfds, which takes half a second to import.
+        from cpnas_jax.data import mnist5k
+
+        mnist5k.prepare(data_dir)
+    return records.open_prepared(name, data_dir)
+
+
 def load_split(
     name: str,
     split: str,
@@ -59,12 +74,7 @@ def load_split(
     """
     if image_size is not None and image_size < 1:
         raise UserError(f"config.dataset.image_size={image_size} must be at least 1, or None")
-    if name == "mnist5k":
-        # Imported here: defining the builder needs tfds, which takes half a second to import.
-        from cpnas_jax.data import mnist5k
-
-        mnist5k.prepare(data_dir)
-    prepared = records.open_prepared(name, data_dir)
+    prepared = open_set(name, data_dir)
     encoded, labels = records.read_examples(prepared, split)
     try:
         images = decode.decode_images(encoded, prepared.image_shape, image_size)
@@ -195,16 +205,31 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         least one grey level, 1/255, so that a constant channel cannot divide by zero. The sums are
         of integers: exact, whatever the order.
     """
-    width, channels = images.shape[-2:]
-    # Whole pixel rows are summed first: rows of one to three channels would be ten times slower.
-    totals = np.zeros(width * channels, np.int64)
-    squared = np.zeros(width * channels, np.int64)
-    for start in range(0, len(images), _STATISTICS_CHUNK):
-        pixels = images[start : start + _STATISTICS_CHUNK].reshape(-1, width * channels)
-        totals += pixels.sum(axis=0, dtype=np.int64)
-        squared += np.square(pixels, dtype=np.uint16).sum(axis=0, dtype=np.int64)
-    total, squares = (sums.reshape(width, channels).sum(axis=0) for sums in (totals, squared))
-    count = images.size // channels
+    starts = range(0, len(images), _STATISTICS_CHUNK)
+    return statistics_of_parts(images[start : start + _STATISTICS_CHUNK] for start in starts)
+
+
+def statistics_of_parts(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Compute `channel_statistics` of images that come in parts, which are summed one by one.
+
+    Args:
+        parts: uint8[any, height, width, channels] each; at least one image.
+
+    Returns:
+        As `channel_statistics`.
+    """
+    total = squares = np.zeros((), np.int64)
+    count = 0
+    for images in parts:
+        width, channels = images.shape[-2:]
+        # Whole pixel rows are summed first: rows of one to three channels would be ten times
+        # slower.
+        pixels = images.reshape(-1, width * channels)
+        sums = pixels.sum(axis=0, dtype=np.int64)
+        squared = np.square(pixels, dtype=np.uint16).sum(axis=0, dtype=np.int64)
+        total = total + sums.reshape(width, channels).sum(axis=0)
+        squares = squares + squared.reshape(width, channels).sum(axis=0)
+        count += images.size // channels
     mean = total / count
     variance = np.maximum(squares / count - np.square(mean), 0.0)
     std = np.maximum(np.sqrt(variance), 1.0)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 # Pillow's mode for a number of channels.
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOUR_TYPES = {1: 0, 3: 2}
 
@@ -40,8 +40,8 @@ def decode_images(
     """
     height, width, channels = shape
     first = _decode(encoded[0], height, width, channels)
-    mode = first.mode if first.mode in _MODES.values() else "RGB"
-    mode = _MODES.get(channels, mode) if channels is not None else mode
+    mode = first.mode if first.mode in MODES.values() else "RGB"
+    mode = MODES.get(channels, mode) if channels is not None else mode
     first_array = _to_array(first, mode, image_size)
     images = np.empty((len(encoded), *first_array.shape), np.uint8)
 
@@ -65,7 +65,7 @@ def _decode(
     """
     if height is not None and width is not None and channels in (1, 3):
         try:
-            mode = _MODES[channels]
+            mode = MODES[channels]
             if encoded.startswith(b"\xff\xd8"):
                 return Image.frombytes(mode, (width, height), encoded, "jpeg", mode, "")
             pixels = _plain_png_data(encoded, height, width, channels)

@@ -1,4 +1,4 @@
-"""Prepared tfds directories: finding one, opening it, reading the records of a single split.
+"""Prepared tfds directories: finding one, opening it, reading its splits.
 
 Everything here works on files that are already there. The registered builder classes of tfds are
 never touched, because constructing one asks a bucket on the network for its metadata; a builder
@@ -9,6 +9,7 @@ tfds takes half a second to import and is therefore imported inside the function
 
 import dataclasses
 import os
+import resource
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from cpnas_jax.runtime.paths import user_path
 
 # Records fetched in one call: enough to amortise the call, few enough to keep the peak memory low.
 _READ_BATCH = 4096
+
+# Files that a process has open for other ends: libraries, checkpoints, sockets.
+_OTHER_FILES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def damaged(directory: os.PathLike[str], reason: str) -> UserError:
+def damaged(directory: os.PathLike[str] | str, reason: str) -> UserError:
     """Return the error for a data set directory whose files cannot be used as they are."""
     return UserError(
         f"the data set in {os.fspath(directory)} is damaged or incomplete ({reason}); "
@@ -99,6 +103,79 @@ def open_prepared(name: str, data_dir: str | os.PathLike[str] | None) -> Prepare
     )
 
 
+def open_split(prepared: PreparedSet, split: str) -> Any:
+    """Open the records of one split for random access; no file is opened before it is read.
+
+    Args:
+        prepared: the opened set.
+        split: name of the split.
+
+    Returns:
+        A sequence of serialised examples in stored order: `len`, `[index]`, and `__getitems__` for
+        several at once. Threads may share it, and it can be pickled.
+
+    Raises:
+        UserError: no such split, or an empty one.
+    """
+    from array_record.python import array_record_data_source
+
+    if split not in prepared.splits:
+        raise UserError(
+            f"the data set in {prepared.directory} has no split {split!r}; "
+            f"it has {', '.join(prepared.splits)}"
+        )
+    try:
+        files = prepared.builder.info.splits[split].file_instructions
+        allow_open_files(len(files))
+        # Of array_record and not of tfds, whose own drags the builder along when it is pickled.
+        source = array_record_data_source.ArrayRecordDataSource(files)
+    except UserError:
+        raise
+    except Exception as error:
+        raise damaged(prepared.directory, one_line(error)) from error
+    if not len(source):
+        raise damaged(prepared.directory, f"split {split!r} holds no example")
+    return source
+
+
+def allow_open_files(files: int) -> None:
+    """Raise the process's limit of open files, so that so many can be open beside the others.
+
+    A reader keeps every file open that it has read from; ImageNet has 1,024 of them, which is the
+    usual limit. Worker processes inherit it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UserError(
+            f"the data set has {files} files, and this process may open only {hard}; "
+            f"start it after `ulimit -n {wanted}`"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def parse_example(record: bytes, image_key: str, label_key: str) -> tuple[bytes, int]:
+    """Return the encoded image and the label of a serialised example.
+
+    Raises:
+        Exception: it is damaged; protobuf has its own ways of saying so.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(record).features.feature
+    return feature[image_key].bytes_list.value[0], feature[label_key].int64_list.value[0]
+
+
+def unlabelled(directory: os.PathLike[str] | str, split: str, num_classes: int) -> UserError:
+    """Return the error for a split with labels that are no class."""
+    return UserError(
+        f"split {split!r} in {os.fspath(directory)} has labels outside 0..{num_classes - 1}: "
+        "it is unlabelled and cannot be used"
+    )
+
+
 def read_examples(prepared: PreparedSet, split: str) -> tuple[list[bytes], list[int]]:
     """Read the encoded images and the labels of one split; no other split's file is opened.
 
@@ -112,36 +189,21 @@ def read_examples(prepared: PreparedSet, split: str) -> tuple[list[bytes], list[
     Raises:
         UserError: no such split, an empty one, unlabelled examples, or damaged files.
     """
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    if split not in prepared.splits:
-        raise UserError(
-            f"the data set in {prepared.directory} has no split {split!r}; "
-            f"it has {', '.join(prepared.splits)}"
-        )
+    source = open_split(prepared, split)
     images: list[bytes] = []
     labels: list[int] = []
     try:
-        source = prepared.builder.as_data_source(
-            split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        )
         for start in range(0, len(source), _READ_BATCH):
-            keys = list(range(start, min(start + _READ_BATCH, len(source))))
+            keys = range(start, min(start + _READ_BATCH, len(source)))
             for record in source.__getitems__(keys):
-                feature = tf_example_pb2.Example.FromString(record).features.feature
-                images.append(feature[prepared.image_key].bytes_list.value[0])
-                labels.append(feature[prepared.label_key].int64_list.value[0])
+                image, label = parse_example(record, prepared.image_key, prepared.label_key)
+                images.append(image)
+                labels.append(label)
     # array_record, protobuf and tfds each have their own ways of failing on a broken file.
     except Exception as error:
         raise damaged(prepared.directory, one_line(error)) from error
-    if not images:
-        raise damaged(prepared.directory, f"split {split!r} holds no example")
     if min(labels) < 0 or max(labels) >= len(prepared.class_names):
-        raise UserError(
-            f"split {split!r} in {prepared.directory} has labels outside 0.."
-            f"{len(prepared.class_names) - 1}: it is unlabelled and cannot be used"
-        )
+        raise unlabelled(prepared.directory, split, len(prepared.class_names))
     return images, labels
 
 
@@ -181,13 +243,32 @@ def _not_prepared(name: str, root: epath.Path) -> str:
         there = f"its configurations there: {', '.join(f'{name}/{config}' for config in configs)}"
     return (
         f"config.dataset.name={name} is not prepared under {root} ({there}); to prepare it: "
-        f'pip install "cpnas_jax[prepare]" && {_build_command(name, root)}; '
+        f'pip install "cpnas_jax[prepare]" && {_build_command(name, root)}{_manual_part(name)}; '
         "for another place set config.dataset.data_dir or TFDS_DATA_DIR"
     )
 
 
 def _build_command(name: str, root: epath.Path) -> str:
     return f"tfds build {name} --data_dir={root} --file_format=array_record"
+
+
+def _manual_part(name: str) -> str:
+    """Return what the command needs for a stock set that tfds cannot download, such as ImageNet."""
+    import tensorflow_datasets as tfds
+
+    try:
+        # Only imports the builder's module; a name with a colon would ask the network.
+        found = None if ":" in name else tfds.builder_cls(name.partition("/")[0])
+    # A set that tfds does not have, or whose module needs a package that is not there.
+    except Exception:
+        return ""
+    instructions = " ".join((getattr(found, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split())
+    if not instructions:
+        return ""
+    return (
+        " --manual_dir=DIR, with DIR the directory of what has to be downloaded by hand "
+        f"({instructions.rstrip('.')})"
+    )
 
 
 def _open_builder(name: str, root: epath.Path, directory: epath.Path) -> Any:

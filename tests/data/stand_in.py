@@ -43,14 +43,16 @@ def encode(image, file_format="PNG"):
     return file
 
 
-def prepare(builder_class, data_dir):
+def prepare(builder_class, data_dir, **download_options):
     """Prepare a builder as array_record, quietly and offline; return its version directory."""
     tfds.disable_progress_bar()
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
         builder = builder_class(data_dir=data_dir)
         builder.download_and_prepare(
             download_dir=downloads,
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            download_config=tfds.download.DownloadConfig(
+                try_download_gcs=False, **download_options
+            ),
             file_format="array_record",
         )
     return Path(builder.data_dir)

@@ -6,10 +6,12 @@ Conventions, the field's (Bi-Real Net, larq):
 - additions, pooling, normalisation and activations are not counted;
 - the auxiliary classifier is not counted: it is gone after training (DARTS).
 Binary depthwise MACs are listed apart, since no inference engine has a 1-bit kernel for them;
-`ops_with_float_depthwise` counts them as float.
+`ops_with_float_depthwise` counts them as float. Where they see real activations (the lever
+`real_depthwise`) they are no work on bits, and count as float.
 
 Memory packed: a bit for each binary weight, 4 bytes for every other parameter. The running averages
 of a BN and the scales of a binary kernel fold into the two numbers a channel that BN has anyway.
+Compression is against the float parent of the same cells, which has fewer BN parameters.
 """
 
 import dataclasses
@@ -42,8 +44,7 @@ class Layer:
         binary_parameters: weights of one bit.
         float_parameters: weights of 32 bits.
         binary_macs: between signs, depthwise ones left out.
-        binary_depthwise_macs: between signs, or between real activations and signs where the
-            lever `real_depthwise` is on.
+        binary_depthwise_macs: depthwise ones between signs.
         float_macs: the rest.
     """
 
@@ -61,12 +62,22 @@ class Layer:
         """Return the packed size."""
         return (self.binary_parameters + BITS * self.float_parameters) / 8
 
+    def ops(self) -> float:
+        """Return FLOPs + BOPs / 64."""
+        return self.float_macs + (self.binary_macs + self.binary_depthwise_macs) / BOPS_PER_OP
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The layers of a network, in the order in which they run, and their totals."""
+    """The layers of a network, in the order in which they run, and their totals.
+
+    Attributes:
+        layers: those with parameters.
+        parent_parameters: of the float network of the same cells, or of itself if it is float.
+    """
 
     layers: tuple[Layer, ...]
+    parent_parameters: int
 
     def total(self, field: str) -> int:
         """Return the sum of a count over the layers."""
@@ -80,18 +91,25 @@ class Summary:
             "binary_depthwise": self.total("binary_depthwise_macs"),
             "float": self.total("float_macs"),
         }
-        packed = (binary + BITS * real) / 8
-        unpacked = BITS * (binary + real) / 8
-        binary_ops = macs["binary"] / BOPS_PER_OP
+        packed = sum(layer.memory_bytes() for layer in self.layers)
+        parent = BITS * self.parent_parameters / 8
         return {
             "parameters": {"total": binary + real, "binary": binary, "float": real},
-            "memory_bytes": {"packed": packed, "float": unpacked},
-            "compression": unpacked / packed,
+            # `float`: these very parameters in 32 bits each; the parent's are others.
+            "memory_bytes": {"packed": packed, "float": BITS * (binary + real) / 8},
+            "parent": {"parameters": self.parent_parameters, "memory_bytes": parent},
+            "compression": parent / packed,
             "macs": macs,
-            "ops": macs["float"] + binary_ops + macs["binary_depthwise"] / BOPS_PER_OP,
-            "ops_with_float_depthwise": macs["float"] + binary_ops + macs["binary_depthwise"],
+            "ops": sum(layer.ops() for layer in self.layers),
+            "ops_with_float_depthwise": (
+                macs["float"] + macs["binary"] / BOPS_PER_OP + macs["binary_depthwise"]
+            ),
             "layers": [
-                {**dataclasses.asdict(layer), "memory_bytes": layer.memory_bytes()}
+                {
+                    **dataclasses.asdict(layer),
+                    "memory_bytes": layer.memory_bytes(),
+                    "ops": layer.ops(),
+                }
                 for layer in self.layers
             ],
         }
@@ -102,7 +120,17 @@ def summarise(settings: NetworkSettings, image_shape: tuple[int, int, int]) -> S
 
     Nothing is computed: the network is traced for its shapes.
     """
-    settings = dataclasses.replace(settings, auxiliary=False)
+    found = _layers(settings, image_shape)
+    parent = found
+    if settings.binary:
+        parent = _layers(dataclasses.replace(settings, binary=False), image_shape)
+    return Summary(found, sum(layer.float_parameters for layer in parent))
+
+
+def _layers(settings: NetworkSettings, image_shape: tuple[int, int, int]) -> tuple[Layer, ...]:
+    # Costs do not depend on the formulation, and the native one is traced quickest.
+    operations = dataclasses.replace(settings.operations, formulation="native")
+    settings = dataclasses.replace(settings, auxiliary=False, operations=operations)
     lengths = {f"cells{s.first}": s.length for s in stretches(settings)}
     found: list[Layer] = []
 
@@ -119,14 +147,12 @@ def summarise(settings: NetworkSettings, image_shape: tuple[int, int, int]) -> S
         return output
 
     def trace(key: jax.Array) -> Any:
-        network = Network(settings)
-        variables = network.init(key, jnp.zeros((1, *image_shape)), train=False)
         with nn.intercept_methods(record):
-            return network.apply(variables, jnp.zeros((1, *image_shape)), train=False)
+            return Network(settings).init(key, jnp.zeros((1, *image_shape)), train=False)
 
     jax.eval_shape(trace, jax.eval_shape(lambda: jax.random.key(0)))
     # A scan is traced more than once.
-    return Summary(tuple({layer.name: layer for layer in found}.values()))
+    return tuple({layer.name: layer for layer in found}.values())
 
 
 def _layer(
@@ -154,9 +180,10 @@ def _layer(
         binary_parameters=size if binary else 0,
         float_parameters=0 if binary else size,
     )
-    if not binary:
+    depthwise = isinstance(module, Depthwise)
+    if not binary or (depthwise and settings.operations.levers.real_depthwise):
         return dataclasses.replace(layer, float_macs=macs)
-    if isinstance(module, Depthwise):
+    if depthwise:
         return dataclasses.replace(layer, binary_depthwise_macs=macs)
     return dataclasses.replace(layer, binary_macs=macs)
 
@@ -170,7 +197,10 @@ def _macs(module: nn.Module, own: dict[str, jax.Array], output: jax.Array) -> in
 
 def table(summary: Summary) -> str:
     """Return the layers and the totals as a table of text."""
-    heads = ("layer", "output", "x", "1-bit", "32-bit", "memory", "1-bit MACs", "dw", "MACs")
+    heads = (
+        *("layer", "output", "x", "1-bit", "32-bit", "memory"),
+        *("1-bit MACs", "1-bit depthwise MACs", "float MACs", "OPs"),
+    )
     rows = [
         (
             layer.name,
@@ -182,6 +212,7 @@ def table(summary: Summary) -> str:
             f"{layer.binary_macs:,}",
             f"{layer.binary_depthwise_macs:,}",
             f"{layer.float_macs:,}",
+            f"{layer.ops():,.0f}",
         )
         for layer in summary.layers
     ]
@@ -194,6 +225,7 @@ def table(summary: Summary) -> str:
         f"{whole['parameters']['float']:,}",
         _size(whole["memory_bytes"]["packed"]),
         *(f"{whole['macs'][kind]:,}" for kind in ("binary", "binary_depthwise", "float")),
+        f"{whole['ops']:,.0f}",
     )
     widths = [max(map(len, column)) for column in zip(heads, *rows, totals, strict=True)]
 
@@ -205,7 +237,7 @@ def table(summary: Summary) -> str:
         ).rstrip()
 
     rule = "-" * len(line(heads))
-    parameters = whole["parameters"]["total"]
+    size, parent = _size(whole["memory_bytes"]["packed"]), whole["parent"]
     return "\n".join(
         [
             line(heads),
@@ -213,11 +245,11 @@ def table(summary: Summary) -> str:
             *map(line, rows),
             rule,
             line(totals),
-            f"{parameters:,} parameters in {_size(whole['memory_bytes']['packed'])}, "
-            f"{whole['compression']:.1f} times smaller than in float "
-            f"({_size(whole['memory_bytes']['float'])})",
+            f"{whole['parameters']['total']:,} parameters in {size}; the float parent's "
+            f"{parent['parameters']:,} take {_size(parent['memory_bytes'])}, "
+            f"{whole['compression']:.1f} times as much.",
             f"OPs = FLOPs + BOPs / {BOPS_PER_OP}: {whole['ops']:,.0f}; "
-            f"{whole['ops_with_float_depthwise']:,.0f} if depthwise convolutions run in float",
+            f"{whole['ops_with_float_depthwise']:,.0f} if depthwise convolutions run in float.",
         ]
     )
 

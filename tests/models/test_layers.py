@@ -178,13 +178,14 @@ def test_pointwise_value_and_gradients(size, stride, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", [(6, 6), (5, 3)])
-def test_conv_3x3_value_and_gradients(size, form):
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(6, 6), (5, 3), (7, 4)])
+def test_conv_3x3_value_and_gradients(size, stride, form):
     x, kernel = random((2, *size, 3)), random((3, 3, 3, 4), seed=1)
     out, gradients, cotangent = value_and_pullback(
-        lambda x, k: layers.conv_3x3(x, k, formulation=form), x, kernel
+        lambda x, k: layers.conv_3x3(x, k, stride=stride, formulation=form), x, kernel
     )
-    agree((out, *gradients), convolution_oracle(x, kernel, cotangent, 1, 1, 0.0))
+    agree((out, *gradients), convolution_oracle(x, kernel, cotangent, stride, 1, 0.0))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,4 +1,4 @@
-"""Discrete networks: structure, published parameter counts, drop path, running averages."""
+"""Discrete networks: structure, scans, drop path, running averages."""
 
 import dataclasses
 import functools
@@ -9,25 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import QUICK
+from published import settings_of
 
-from cpnas_jax.architecture.named import named_genotype
 from cpnas_jax.models import network
 from cpnas_jax.models.blocks import Levers, OperationSettings
 from cpnas_jax.models.network import Network, NetworkSettings, cell_places, stretches
-from cpnas_jax.models.summary import summarise
-
-
-def edges_of(cell):
-    return tuple((edge.source, edge.target, edge.operation) for edge in cell)
-
-
-def settings_of(name, **fields):
-    genotype = named_genotype(name)
-    defaults = {"cells": 3, "channels": 4, "num_classes": 10}
-    return NetworkSettings(
-        edges_of(genotype.normal), edges_of(genotype.reduce), **{**defaults, **fields}
-    )
-
 
 # Cheap to compile: pools, identities and one convolution.
 PLAIN = (
@@ -85,35 +71,6 @@ def applied(settings):
         return Network(settings).apply(variables, images, train=False)
 
     return jax.jit(run, compiler_options=QUICK)
-
-
-@pytest.mark.parametrize(
-    ("name", "total"),
-    [("DARTS_V2", 3_349_342), ("PC_DARTS_CIFAR", 3_634_678), ("DARTS_V1", 3_169_414)],
-)
-def test_float_networks_have_the_published_number_of_parameters(name, total):
-    """3.349, 3.635 and 3.169 M: 20 cells, C 36, without the auxiliary classifier."""
-    operations = OperationSettings(normalize_pools=False)
-    settings = settings_of(name, cells=20, channels=36, binary=False, operations=operations)
-    assert summarise(settings, (32, 32, 3)).to_dict()["parameters"]["total"] == total
-
-
-@pytest.mark.parametrize(
-    ("name", "cells", "channels", "total", "binary"),
-    [
-        ("DDPNAS_XNOR_1", 10, 36, 1_437_778, 1_396_116),
-        ("DDPNAS_XNOR_1", 10, 100, 10_419_410, 10_303_700),
-        ("DDPNAS_XNOR_1", 20, 36, 2_671_750, 2_601_936),
-        ("DDPNAS_MCN_2", 10, 36, 1_483_534, 1_441_872),
-        ("DDPNAS_MCN_2", 10, 100, 10_796_110, 10_680_400),
-    ],
-)
-def test_one_bit_networks_have_the_expected_number_of_parameters(
-    name, cells, channels, total, binary
-):
-    settings = settings_of(name, cells=cells, channels=channels)
-    parameters = summarise(settings, (32, 32, 3)).to_dict()["parameters"]
-    assert parameters == {"total": total, "binary": binary, "float": total - binary}
 
 
 def test_reductions_channels_and_stretches():

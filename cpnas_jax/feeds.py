@@ -7,8 +7,9 @@ feed has no state that a checkpoint would have to hold.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+import math
+from collections.abc import Callable, Generator
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -16,13 +17,13 @@ from ml_collections import config_dict
 
 from cpnas_jax import evaluate
 from cpnas_jax.data.datasets import Split, channel_statistics, load_split
+from cpnas_jax.data.stream import Stream, open_stream, placed_ahead
 from cpnas_jax.models.network import NetworkSettings
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.parallel import (
     pmap_donated,
     pmap_kept,
     replicate,
-    shard,
     to_host,
 )
 from cpnas_jax.search_step import Examples
@@ -35,11 +36,18 @@ from cpnas_jax.train_step import (
     make_stream_call,
 )
 
-if TYPE_CHECKING:
-    from cpnas_jax.data.stream import Stream
-
 Compiled = Callable[..., Any]
 """(name, make, *arguments) -> the compiled program of what `make()` returns, made once a name."""
+
+Batches = Generator[tuple[jax.Array, ...], None, None]
+"""Arrays of a batch, divided among the local devices."""
+
+DEPTH = 2
+"""Batches that are on the devices before they are asked for."""
+
+_ZERO = np.zeros((), np.int32)
+_CALL = TrainCall(epoch=_ZERO, first_step=_ZERO, num_steps=_ZERO, key=np.zeros(2, np.uint32))
+"""What a call looks like, to compile for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +114,9 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
                 "config.dataset.image_size is 0; with config.dataset.stream it must be the side "
                 "of the network's images, such as 224"
             )
-        from cpnas_jax.data.stream import Stream
-
         options = (dataset.data_dir or None, dataset.image_size)
-        streams = [Stream(dataset.name, name, *options) for name in ("train", split)]
-        return StreamFeed(streams[0], streams[1], config)
+        train, test = (open_stream(dataset.name, name, *options) for name in ("train", split))
+        return StreamFeed(train, test, config)
     options = (dataset.data_dir or None, dataset.image_size or None)
     return ResidentFeed(*(load_split(dataset.name, name, *options) for name in ("train", split)))
 
@@ -152,14 +158,12 @@ class ResidentFeed:
         self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
     ) -> Any:
         """Return the compiled program of any number of steps."""
-        zero = np.zeros((), np.int32)
-        call = replicate(TrainCall(zero, zero, zero, _any_key()))
         return compiled(
             name,
             lambda: pmap_donated(make_resident_call(settings, step)),
             state,
             self._train,
-            call,
+            replicate(_CALL),
         )
 
     def train(
@@ -187,14 +191,10 @@ class ResidentFeed:
         return to_host(program(variables, self._test))
 
 
-def _any_key() -> np.ndarray:
-    return np.asarray(jax.random.key_data(jax.random.key(0)))
-
-
 class StreamFeed:
     """Batches that are read, decoded and cropped on the host while the devices work."""
 
-    def __init__(self, train: "Stream", test: "Stream", config: config_dict.ConfigDict) -> None:
+    def __init__(self, train: Stream, test: Stream, config: config_dict.ConfigDict) -> None:
         self._streams, self._config = (train, test), config
         self.facts = Facts(
             train.name,
@@ -203,59 +203,56 @@ class StreamFeed:
             test.num_examples,
             train.class_names,
         )
-        self._statistics: tuple[np.ndarray, np.ndarray]
-        # The batches that follow step `_next` = (epoch, step), as long as calls follow each other.
-        self._batches: Iterator[Examples] | None = None
+        self._statistics: tuple[jax.Array, jax.Array]
+        # Gives the batches from step `_next` = (epoch, step) on.
+        self._batches: Batches | None = None
         self._next = (0, 0)
 
     def device_bytes(self) -> int:
-        """Return the size of the batches that wait on a device."""
-        pixels = int(np.prod(self.facts.image_shape))
-        return 3 * pixels * self._config.train.batch_size // jax.device_count()
+        """Return the size of the batches that wait on a device, beside the one in use."""
+        pixels = math.prod(self.facts.image_shape)
+        return (DEPTH + 1) * pixels * self._config.train.batch_size // jax.device_count()
 
     def place(self) -> None:
         """Estimate the channels' statistics; images follow batch by batch."""
-        self._statistics = self._streams[0].channel_statistics()
-
-    def _examples(self, images: np.ndarray, labels: np.ndarray) -> Examples:
-        mean, std = (replicate(value) for value in self._statistics)
-        return Examples(shard(images), shard(labels), mean, std)
+        mean, std = self._streams[0].channel_statistics()
+        self._statistics = replicate(mean), replicate(std)
 
     def program(
         self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
     ) -> Any:
         """Return the compiled program of one step."""
-        zero = np.zeros((), np.int32)
-        rows = settings.batch_size // jax.process_count()
-        blank = self._examples(
-            np.zeros((rows, *self.facts.image_shape), np.uint8), np.zeros(rows, np.int32)
-        )
+        shape = (jax.local_device_count(), settings.batch_size // jax.device_count())
+        images = np.zeros((*shape, *self.facts.image_shape), np.uint8)
+        blank = Examples(images, np.zeros(shape, np.int32), *self._statistics)
         return compiled(
             name,
             lambda: pmap_donated(make_stream_call(settings, step)),
             state,
             blank,
-            replicate(TrainCall(zero, zero, zero, _any_key())),
+            replicate(_CALL),
         )
 
-    def _training_batches(self, epoch: int, first_step: int, batch_size: int) -> Iterator[Examples]:
-        if self._batches is None or self._next != (epoch, first_step):
-            self._close()
+    def _training_batches(self, epoch: int, step: int, batch_size: int) -> Batches:
+        if self._batches is None or self._next != (epoch, step):
+            self.close()
             dataset = self._config.dataset
             found = self._streams[0].training_batches(
                 seed=self._config.seed,
                 epoch=epoch,
-                first_step=first_step,
+                first_step=step,
                 batch_size=batch_size,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
+                epochs=self._config.train.epochs - epoch,
                 area=(dataset.crop_area, 1.0),
                 workers=dataset.workers,
             )
-            self._batches = prefetch(found, lambda batch: self._examples(*batch))
+            self._batches = placed_ahead(found, DEPTH)
         return self._batches
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End what reads ahead."""
         if self._batches is not None:
             self._batches.close()
         self._batches = None
@@ -268,13 +265,16 @@ class StreamFeed:
         batches = self._training_batches(epoch, first, batch_size)
         found = []
         for step in range(first, first + count):
+            images, labels = next(batches)
             number = dataclasses.replace(call, first_step=np.asarray(step, np.int32))
-            state, metrics = program(state, next(batches), replicate(number))
+            batch = Examples(images, labels, *self._statistics)
+            state, metrics = program(state, batch, replicate(number))
             found.append(metrics)
             if jax.default_backend() == "cpu":
                 # Queued collectives of several CPU devices can wait for each other for ever.
                 jax.block_until_ready(metrics)
-        self._next = (epoch, first + count)
+        whole_epoch = first + count == self.facts.num_train // batch_size
+        self._next = (epoch + 1, 0) if whole_epoch else (epoch, first + count)
         hosts = [to_host(metrics) for metrics in found]
         sums = {name: sum(float(host[name]) for host in hosts) for name in hosts[0]}
         bad = [int(host["bad_step"]) for host in hosts if host["bad_step"] >= 0]
@@ -289,10 +289,11 @@ class StreamFeed:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             central=self._config.dataset.central_crop,
+            workers=self._config.dataset.workers,
         )
-        placed = prefetch(batches, lambda batch: (self._examples(*batch[:2]), shard(batch[2])))
         counts: list[dict[str, np.ndarray]] = []
-        for examples, mask in placed:
+        for images, labels, mask in placed_ahead(batches, DEPTH):
+            examples = Examples(images, labels, *self._statistics)
             program = compiled(
                 "evaluate",
                 lambda: pmap_kept(evaluate.make_batch_evaluation_call(settings)),

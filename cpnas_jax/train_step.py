@@ -16,7 +16,7 @@ import optax
 from jax import lax
 
 from cpnas_jax import train_optimizer
-from cpnas_jax.data.augment import cutout, normalise, random_crop_flip
+from cpnas_jax.data.augment import color_jitter, cutout, normalise, random_crop_flip
 from cpnas_jax.data.order import batch_indices, epoch_permutation, step_key
 from cpnas_jax.models import losses
 from cpnas_jax.models.network import Network, NetworkSettings, Outputs, stretches
@@ -83,6 +83,8 @@ class StepSettings:
         num_devices: over all processes.
         crop_padding: border of the random crop.
         flip: whether images are mirrored at random.
+        color_jitter: strength of brightness, contrast and saturation, and twice that of the hue;
+            0 changes nothing.
         cutout: side of the square cut out; 0 cuts nothing.
         total_steps: of the whole training.
     """
@@ -95,6 +97,7 @@ class StepSettings:
     num_devices: int
     crop_padding: int
     flip: bool
+    color_jitter: float
     cutout: int
     total_steps: int
 
@@ -235,8 +238,11 @@ def _augmented(
     settings: StepSettings, key: jax.Array, images: jax.Array, mean: jax.Array, std: jax.Array
 ) -> jax.Array:
     """Crop, mirror, normalise and cut out: uint8[n, H, W, C] to f32[n, H, W, C]."""
-    crop_key, cut_key = jax.random.split(key)
+    crop_key, color_key, cut_key = jax.random.split(key, 3)
     images = random_crop_flip(crop_key, images, settings.crop_padding, settings.flip)
+    strength = settings.color_jitter
+    if strength:
+        images = color_jitter(color_key, images, strength, strength, strength, strength / 2)
     return cutout(cut_key, normalise(images, mean, std), settings.cutout)
 
 

@@ -278,6 +278,7 @@ class Trainer:
             num_devices=self._num_devices,
             crop_padding=dataset.crop_padding,
             flip=dataset.flip,
+            color_jitter=dataset.color_jitter,
             cutout=dataset.cutout,
             total_steps=self.total_steps,
         )

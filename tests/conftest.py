@@ -10,6 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -19,3 +20,13 @@ hypothesis.settings.register_profile(
     "hermetic", deadline=None, derandomize=True, max_examples=30, database=None
 )
 hypothesis.settings.load_profile("hermetic")
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Each trainer compiles its own programs; equal ones come from a cache of the test's file."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)

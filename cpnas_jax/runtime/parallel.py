@@ -35,8 +35,3 @@ def pmap_donated(function: Callable[..., Any]) -> Any:
 def pmap_kept(function: Callable[..., Any]) -> Any:
     """pmap over all devices; nothing is donated."""
     return jax.pmap(function, axis_name=AXIS)
-
-
-def shard(array: np.ndarray) -> np.ndarray:
-    """Divide this process's part of a batch among its devices: [n, ...] to [devices, n', ...]."""
-    return array.reshape(jax.local_device_count(), -1, *array.shape[1:])

@@ -1,13 +1,18 @@
-"""Whole trainings of a small network on eight devices: files, resume, variants, mistakes."""
+"""Whole trainings of one small cell on eight devices: files, resume, variants, mistakes.
 
-import dataclasses
+Compiling is what takes time: programs of equal settings come from a cache of this file, and one
+training serves all tests that only look at what it wrote.
+"""
+
 import io
 import json
+import math
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import QUICK
 from reads import note_reads
 from rich.console import Console
 
@@ -17,20 +22,27 @@ from cpnas_jax import train as train_module
 from cpnas_jax.architecture.genotype import Edge, Genotype
 from cpnas_jax.data.datasets import Split
 from cpnas_jax.models.network import Network
+from cpnas_jax.models.space import EDGES
+from cpnas_jax.models.summary import summarise
 from cpnas_jax.runtime.checkpoints import Checkpoints, digest
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.parallel import replicate
 from cpnas_jax.train import train
 from cpnas_jax.trainer import EpochSums, Trainer, network_settings
 
-CELL = (
-    *((0, 2, "max_pool_3x3"), (1, 2, "skip_connect")),
-    *((0, 3, "avg_pool_3x3"), (2, 3, "skip_connect")),
-    *((0, 4, "max_pool_3x3"), (3, 4, "skip_connect")),
-    *((0, 5, "dil_conv_3x3"), (4, 5, "skip_connect")),
+# As little to compile as there can be with a pool, a factorized reduce and a binary convolution.
+CHOSEN = {
+    (0, 2): "max_pool_3x3",
+    (1, 3): "skip_connect",
+    (2, 4): "dil_conv_3x3",
+    (4, 5): "skip_connect",
+}
+CELL = tuple(
+    Edge(target=target, source=source, operation=CHOSEN.get((source, target), "none"))
+    for source, target in EDGES
 )
-EDGES = tuple(Edge(target=target, source=source, operation=name) for source, target, name in CELL)
-GENOTYPE = Genotype(normal=EDGES, reduce=EDGES, edge_policy="top2")
+GENOTYPE = Genotype(normal=CELL, reduce=CELL, edge_policy="all")
 
 
 def part(n, seed):
@@ -41,31 +53,29 @@ def part(n, seed):
     return Split(images.astype(np.uint8), labels, 6, tuple("abcdef"), "greys")
 
 
-@pytest.fixture(autouse=True)
-def data(monkeypatch):
-    """70 training images, four steps an epoch; 37 test images, no multiple of anything."""
-    parts = {"train": part(70, 0), "test": part(37, 1)}
-    monkeypatch.setattr(train_module, "load_split", lambda _, split, *__: parts[split])
+# Four steps an epoch of 16 images; the test images are no multiple of anything.
+PARTS = {"train": part(70, 0), "test": part(37, 1)}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiled_once(tmp_path_factory):
-    """Each trainer compiles its own programs; equal ones come from a cache of this file."""
+def surroundings(tmp_path_factory):
+    """The data above in place of a data set, and a cache for compiled programs."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "load_split", lambda _, split, *__: PARTS[split])
+        yield
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-@pytest.fixture
-def config(tmp_path):
-    path = tmp_path / "cells.json"
+def config_in(directory):
+    path = directory / "cells.json"
     GENOTYPE.save(path)
     config = configs.base_config()
     config.genotype = str(path)
     config.dataset.update(crop_padding=1, cutout=2)
-    config.network.update(cells=3, channels=4, drop_path=0.1)
+    config.network.update(cells=1, channels=4, drop_path=0.1)
     config.train.update(epochs=2, batch_size=16, evaluate_every=1, learning_rate=0.01)
     config.train.update(label_smoothing=0.1, average_decay=0.5, warmup_epochs=1)
     config.evaluate.batch_size = 16
@@ -73,10 +83,51 @@ def config(tmp_path):
     return config
 
 
+@pytest.fixture
+def config(tmp_path):
+    return config_in(tmp_path)
+
+
+def reporter_to(file):
+    return Reporter(Console(file=file, width=200))
+
+
 def run(config, workdir):
     file = io.StringIO()
-    train(config, workdir, Reporter(Console(file=file, width=200)))
+    train(config, workdir, reporter_to(file))
     return file.getvalue()
+
+
+class Trained(NamedTuple):
+    """A finished training: where it is, what it said and which keys it read."""
+
+    workdir: object
+    said: str
+    read: set
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trained")
+    config = config_in(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        read = note_reads(patch, config)
+
+        def unnoted(function):
+            """Records look at every key, whether anything depends on it or not."""
+
+            def call(*arguments):
+                before = set(read)
+                value = function(*arguments)
+                read.intersection_update(before)
+                return value
+
+            return call
+
+        for name in ("deciding_keys", "flatten"):
+            patch.setattr(train_module, name, unnoted(getattr(train_module, name)))
+        said = run(config, directory / "run")
+        return Trained(directory / "run", said, set(read))
 
 
 def lines_of(workdir):
@@ -87,25 +138,22 @@ def lines_of(workdir):
     ]
 
 
+def results_of(workdir):
+    return json.loads((workdir / "results.json").read_text())["train"]
+
+
 def trainer_of(config, binary=True):
     settings = network_settings(config, GENOTYPE, 6, binary=binary)
-    return Trainer(config, settings, part(70, 0), part(37, 1))
+    return Trainer(config, settings, PARTS["train"], PARTS["test"])
 
 
-def final_state(config, workdir):
+def final_state(like, workdir):
     with Checkpoints(workdir / "train/checkpoints", 2) as checkpoints:
-        return checkpoints.restore_newest(trainer_of(config).initial_state())
+        return checkpoints.restore_newest(like).state
 
 
-class Killed(Exception):
-    pass
-
-
-def test_a_training_its_files_and_its_resume_in_the_middle_of_an_epoch(
-    config, tmp_path, monkeypatch
-):
-    said = run(config, tmp_path / "whole")
-    lines = lines_of(tmp_path / "whole")
+def test_a_training_and_its_files(config, trained):
+    lines = lines_of(trained.workdir)
     assert [(line["event"], line["epoch"], line["step"]) for line in lines] == [
         ("epoch", 1, 4),
         ("epoch", 2, 8),
@@ -123,14 +171,20 @@ def test_a_training_its_files_and_its_resume_in_the_middle_of_an_epoch(
     # Three of four steps of warm-up are done; at the end the cosine's last step but one.
     assert lines[0]["learning_rate"] == pytest.approx(0.01 * 3 / 4)
     assert lines[1]["learning_rate"] == pytest.approx(0.01 * (1 + np.cos(np.pi * 3 / 4)) / 2)
-    results = json.loads((tmp_path / "whole/results.json").read_text())["train"]
+    results = results_of(trained.workdir)
     assert results["test"]["examples"] == 37
     assert results["test"]["top1"] == lines[-1]["test_accuracy"]
     assert results["best_test_accuracy"] == max(line["test_accuracy"] for line in lines)
-    assert "estimated memory" in said
-    assert "nothing is run again" in run(config, tmp_path / "whole")
+    assert "estimated memory" in trained.said
+    assert "nothing is run again" in run(config, trained.workdir)
 
-    # Killed after the first checkpoint inside the second epoch, in other portions of steps.
+
+class Killed(Exception):
+    pass
+
+
+def test_resume_in_the_middle_of_an_epoch(config, trained, tmp_path, monkeypatch):
+    """Killed after the first checkpoint inside the second epoch, in other portions of steps."""
     config.runtime.update(checkpoint_every=1, steps_per_call=2)
     original = Trainer.train
 
@@ -144,24 +198,38 @@ def test_a_training_its_files_and_its_resume_in_the_middle_of_an_epoch(
         run(config, tmp_path / "killed")
     monkeypatch.setattr(Trainer, "train", original)
     assert "Resumed in epoch 2 of 2, after step 2" in run(config, tmp_path / "killed")
-    expected, found = (final_state(config, tmp_path / name) for name in ("whole", "killed"))
-    assert digest(found.state) == digest(expected.state)
-    for a, b in zip(lines_of(tmp_path / "killed"), lines, strict=True):
+    like = trainer_of(config).initial_state()
+    expected, found = (final_state(like, path) for path in (trained.workdir, tmp_path / "killed"))
+    assert digest(found) == digest(expected)
+    for a, b in zip(lines_of(tmp_path / "killed"), lines_of(trained.workdir), strict=True):
         assert a.pop("event") == b.pop("event")
         # Sums of three steps and one, or of single steps, may differ in the last digit.
         assert a == pytest.approx(b, rel=1e-6)
 
-    # The same workdir answers for its checkpoint, and for no other cells.
+
+EVALUATION = {
+    **{"split": "test", "checkpoint": "last", "epoch": 2, "class_names": list("abcdef")},
+    **dict.fromkeys(("examples", "top1", "top5", "loss", "per_class", "confusion")),
+}
+
+
+def test_a_trained_network_answers_for_its_checkpoint_and_for_no_other_cells(config, trained):
     file = io.StringIO()
-    modes.evaluate_mode(config, tmp_path / "whole", Reporter(Console(file=file, width=200)))
-    value = json.loads((tmp_path / "whole/evaluation.json").read_text())
-    assert value["top1"] == results["test"]["top1"]
-    assert np.sum(value["confusion"]) == 37
-    assert value["class_names"] == list("abcdef")
+    modes.evaluate_mode(config, trained.workdir, reporter_to(file))
+    value = json.loads((trained.workdir / "evaluation.json").read_text())
+    assert set(value) == set(EVALUATION)
+    for key, expected in EVALUATION.items():
+        assert expected in (None, value[key])
+    assert value["examples"] == np.sum(value["confusion"]) == 37
+    assert value["top1"] == results_of(trained.workdir)["test"]["top1"]
+    assert value["top1"] == pytest.approx(np.trace(value["confusion"]) / 37)
+    assert value["top1"] <= value["top5"] <= 1
+    shares = np.diagonal(value["confusion"]) / np.sum(value["confusion"], axis=1)
+    assert value["per_class"] == pytest.approx(shares)
     assert f"37 examples: top-1 {value['top1']:.4f}" in file.getvalue()
     config.genotype = "DARTS_V2"
     with pytest.raises(UserError, match="differing: genotype"):
-        run(config, tmp_path / "whole")
+        run(config, trained.workdir)
 
 
 READ_ELSEWHERE = {
@@ -172,16 +240,11 @@ READ_ELSEWHERE = {
 }
 
 
-def test_every_key_of_a_training_is_read(config, tmp_path, monkeypatch):
-    config.train.epochs = 1
-    # Records look at every key.
-    for name in ("deciding_keys", "flatten"):
-        monkeypatch.setattr(train_module, name, lambda *_: {})
-    read = note_reads(monkeypatch, config)
-    run(config, tmp_path)
+def test_every_key_of_a_training_is_read(trained):
     expected = {key for key in configs.RULED_KEYS if not key.startswith(("search.", "binarizer."))}
-    assert expected - READ_ELSEWHERE - read == set()
-    assert {"binarizer", "network.precision"} <= read
+    assert expected - READ_ELSEWHERE - trained.read == set()
+    assert {"binarizer", "network.precision"} <= trained.read
+    assert READ_ELSEWHERE - trained.read  # a record of all keys is no use of them
 
 
 def test_evaluation_counts_every_example_once_with_running_averages(config):
@@ -190,12 +253,15 @@ def test_evaluation_counts_every_example_once_with_running_averages(config):
     state = trainer.initial_state()
     trainer.load(state)
     found = trainer.evaluate()
-    split, train_split = part(37, 1), part(70, 0)
-    pixels = train_split.images / 255.0
+    split, pixels = PARTS["test"], PARTS["train"].images / 255.0
     images = ((split.images / 255.0 - pixels.mean()) / pixels.std()).astype(np.float32)
-    settings = network_settings(config, GENOTYPE, 6, binary=True)
+    network = Network(network_settings(config, GENOTYPE, 6, binary=True))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits = np.asarray(Network(settings).apply(variables, images, train=False).logits)
+    whole = jax.jit(
+        lambda variables, images: network.apply(variables, images, train=False).logits,
+        compiler_options=QUICK,
+    )
+    logits = np.asarray(whole(variables, images))
     answers = logits.argmax(axis=1)
     expected = np.zeros((6, 6), int)
     np.add.at(expected, (split.labels, answers), 1)
@@ -208,21 +274,25 @@ def test_evaluation_counts_every_example_once_with_running_averages(config):
     assert found.loss == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_at_its_step(config, tmp_path, monkeypatch):
-    """From the second step on, when the class means have moved."""
+def test_a_loss_that_is_not_finite_stops_at_its_step(config):
+    """What the program tells is what the message says; `bad_step` counts from 0."""
+    trainer = trainer_of(config)
+    trainer.load(trainer.initial_state())
+    terms = dict.fromkeys(("loss", *train_step.LOSS_TERMS, "accuracy"), np.float32(math.nan))
 
-    def broken(features, labels, means):
-        del features, labels
-        return jnp.where(jnp.any(means != 0), jnp.float32(jnp.nan), jnp.float32(0))
+    def program(state, examples, call):
+        del examples, call
+        return state, replicate({**terms, "bad_step": np.int32(1)})
 
-    monkeypatch.setattr(train_step.losses, "center", broken)
+    trainer._programs["train", False] = program
     with pytest.raises(UserError) as caught:
-        run(config, tmp_path / "run")
+        trainer.train(0, 0, 3, EpochSums())
     assert str(caught.value).startswith("the loss is not finite in step 2 of epoch 1;")
     assert "config.train.learning_rate" in str(caught.value)
 
 
 def test_a_parent_beside_the_child_is_trained_too(config):
+    config.network.auxiliary = False
     config.train.update(parent_kernel=True, average_decay=0.0)
     trainer = trainer_of(config)
     before = trainer.initial_state()
@@ -240,20 +310,20 @@ def test_a_parent_beside_the_child_is_trained_too(config):
 
 
 def test_two_step_training_begins_with_real_weights(config):
-    config.train.update(real_weights_epochs=1, reconstruction_weight=0.0, average_decay=0.0)
-    config.train.update(warmup_epochs=0)
-    trainer = trainer_of(config)
-    start = trainer.initial_state()
+    """Beside a training without the first part: other steps before its end, the same after it."""
 
-    def after(epoch):
-        trainer.load(start)
-        trainer.train(epoch, 0, 1, EpochSums())
-        return trainer.host_state()
+    def after_each_epoch(real_epochs):
+        config.train.real_weights_epochs = real_epochs
+        trainer = trainer_of(config)
+        start = trainer.initial_state()
+        for epoch in (0, 1):
+            trainer.load(start)
+            trainer.train(epoch, 0, 2, EpochSums())
+            yield digest(trainer.host_state())
 
-    assert trainer._step_settings(True).network.operations.binary_weights is False
-    real, binary = after(0), after(1)
-    assert digest(real) != digest(binary)
-    assert len(trainer._programs) == 2
+    (first, second), (usual, same) = after_each_epoch(1), after_each_epoch(0)
+    assert first != usual
+    assert second == same
 
 
 @pytest.mark.parametrize(
@@ -262,7 +332,6 @@ def test_two_step_training_begins_with_real_weights(config):
         ("", "genotype", "", "config.genotype is empty"),
         ("", "genotype", "nowhere.json", "nowhere.json"),
         ("train", "batch_size", 80, "config.train.batch_size is 80.*only 70 images"),
-        ("network", "cells", 1, None),
     ],
 )
 def test_mistakes_are_named_before_anything_is_claimed(
@@ -270,26 +339,24 @@ def test_mistakes_are_named_before_anything_is_claimed(
 ):
     node = config[section] if section else config
     node[key] = value
-    if words is None:
-        assert dataclasses.is_dataclass(network_settings(config, GENOTYPE, 6, binary=True))
-        return
     with pytest.raises(UserError, match=words):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run/config.json").exists()
 
 
-def test_evaluating_what_was_never_trained(config, tmp_path):
-    with pytest.raises(UserError, match="holds no checkpoint; run the same command with the mode"):
-        modes.evaluate_mode(config, tmp_path / "run", Reporter(Console(file=io.StringIO())))
-
-
 def test_the_summary_is_written_and_told(config, tmp_path):
     file = io.StringIO()
-    modes.summary_mode(config, tmp_path / "run", Reporter(Console(file=file, width=200)))
+    modes.summary_mode(config, tmp_path / "run", reporter_to(file))
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert set(summary["parameters"]) == {"total", "binary", "float"}
     assert set(summary["memory_bytes"]) == {"packed", "float"}
     assert set(summary["macs"]) == {"binary", "binary_depthwise", "float"}
-    macs = summary["macs"]
-    assert summary["ops"] == macs["float"] + (macs["binary"] + macs["binary_depthwise"]) / 64
+    assert {"ops", "compression", "parent", "layers"} <= set(summary)
+    binary = network_settings(config, GENOTYPE, 6, binary=True)
+    assert summary == json.loads(json.dumps(summarise(binary, (8, 8, 1)).to_dict()))
     assert f"{summary['parameters']['total']:,} parameters" in file.getvalue()
+    config.network.precision = "float"
+    modes.summary_mode(config, tmp_path / "run", reporter_to(io.StringIO()))
+    parent = json.loads((tmp_path / "run/summary.json").read_text())
+    assert parent["parameters"]["binary"] == 0
+    assert parent["parameters"]["total"] == summary["parent"]["parameters"]

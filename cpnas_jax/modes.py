@@ -25,20 +25,19 @@ def summary_mode(
     """Say what the network of `config.genotype` costs, without its data and without training."""
     with Workdir(workdir) as directory:
         genotype = resolve_genotype(config, directory)
-        write_summary(config, directory, reporter, genotype)
+        binary = config.network.precision == "binary"
+        reporter.say(table(write_summary(config, directory, genotype, binary=binary)))
 
 
 def write_summary(
-    config: config_dict.ConfigDict, directory: Workdir, reporter: Reporter, genotype: Genotype
+    config: config_dict.ConfigDict, directory: Workdir, genotype: Genotype, *, binary: bool
 ) -> Summary:
-    """Write `summary.json` of the network that the config trains, and show it as a table."""
+    """Write `summary.json` of a network, and return what is in it."""
     dataset = config.dataset
     shape, classes = describe(dataset.name, dataset.data_dir or None, dataset.image_size or None)
-    binary = config.network.precision == "binary"
     settings = network_settings(config, genotype, classes, binary=binary)
     summary = summarise(settings, shape)
     directory.write_json("summary.json", summary.to_dict())
-    reporter.say(table(summary))
     return summary
 
 

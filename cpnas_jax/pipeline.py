@@ -6,6 +6,7 @@ from ml_collections import config_dict
 
 from cpnas_jax.config import deciding_keys
 from cpnas_jax.feeds import Feed, open_feed
+from cpnas_jax.models.summary import totals_text
 from cpnas_jax.modes import evaluate_network, write_summary
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.workdir import Workdir
@@ -39,9 +40,9 @@ def pipeline(
             if not done:
                 train_network(config, directory, reporter, genotype, feed, binary=binary)
             evaluate_network(config, directory, reporter, genotype, feed, binary=binary)
-        with config.unlocked():
-            config.network.precision = "binary"
-        summary = write_summary(config, directory, reporter, genotype).to_dict()
+        costs = write_summary(config, directory, genotype, binary=True)
+        reporter.say(totals_text(costs))
+        summary = costs.to_dict()
         results = directory.read_json("results.json") or {}
         results["summary"] = {key: value for key, value in summary.items() if key != "layers"}
         directory.write_json("results.json", results)

@@ -17,7 +17,7 @@ from reads import note_reads
 from rich.console import Console
 
 from cpnas_jax import config as configs
-from cpnas_jax import modes, train_step
+from cpnas_jax import feeds, modes, train_step
 from cpnas_jax import train as train_module
 from cpnas_jax.architecture.genotype import Edge, Genotype
 from cpnas_jax.data.datasets import Split
@@ -57,16 +57,15 @@ def part(n, seed):
 PARTS = {"train": part(70, 0), "test": part(37, 1)}
 
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
 @pytest.fixture(autouse=True, scope="module")
-def surroundings(tmp_path_factory):
-    """The data above in place of a data set, and a cache for compiled programs."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+def data():
+    """The data above in place of a data set."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "load_split", lambda _, split, *__: PARTS[split])
+        patch.setattr(feeds, "load_split", lambda _, split, *__: PARTS[split])
         yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def config_in(directory):
@@ -144,7 +143,7 @@ def results_of(workdir):
 
 def trainer_of(config, binary=True):
     settings = network_settings(config, GENOTYPE, 6, binary=binary)
-    return Trainer(config, settings, PARTS["train"], PARTS["test"])
+    return Trainer(config, settings, feeds.open_feed(config))
 
 
 def final_state(like, workdir):
@@ -208,7 +207,13 @@ def test_resume_in_the_middle_of_an_epoch(config, trained, tmp_path, monkeypatch
 
 
 EVALUATION = {
-    **{"split": "test", "checkpoint": "last", "epoch": 2, "class_names": list("abcdef")},
+    **{
+        "split": "test",
+        "checkpoint": "last",
+        "precision": "binary",
+        "epoch": 2,
+        "class_names": list("abcdef"),
+    },
     **dict.fromkeys(("examples", "top1", "top5", "loss", "per_class", "confusion")),
 }
 
@@ -216,7 +221,7 @@ EVALUATION = {
 def test_a_trained_network_answers_for_its_checkpoint_and_for_no_other_cells(config, trained):
     file = io.StringIO()
     modes.evaluate_mode(config, trained.workdir, reporter_to(file))
-    value = json.loads((trained.workdir / "evaluation.json").read_text())
+    value = json.loads((trained.workdir / "train/evaluation.json").read_text())
     assert set(value) == set(EVALUATION)
     for key, expected in EVALUATION.items():
         assert expected in (None, value[key])
@@ -228,15 +233,17 @@ def test_a_trained_network_answers_for_its_checkpoint_and_for_no_other_cells(con
     assert value["per_class"] == pytest.approx(shares)
     assert f"37 examples: top-1 {value['top1']:.4f}" in file.getvalue()
     config.genotype = "DARTS_V2"
-    with pytest.raises(UserError, match="differing: genotype"):
+    with pytest.raises(UserError, match="has other cells than were trained"):
         run(config, trained.workdir)
+    with pytest.raises(UserError, match="has other cells than were trained"):
+        modes.evaluate_mode(config, trained.workdir, reporter_to(file))
 
 
 READ_ELSEWHERE = {
     "mode",
     "evaluate.checkpoint",
     "runtime.compilation_cache",
-    "dataset.validation_fraction",
+    *("dataset.workers", "dataset.crop_area", "dataset.central_crop"),  # of streams
 }
 
 
@@ -352,8 +359,9 @@ def test_the_summary_is_written_and_told(config, tmp_path):
     assert set(summary["memory_bytes"]) == {"packed", "float"}
     assert set(summary["macs"]) == {"binary", "binary_depthwise", "float"}
     assert {"ops", "compression", "parent", "layers"} <= set(summary)
-    binary = network_settings(config, GENOTYPE, 6, binary=True)
-    assert summary == json.loads(json.dumps(summarise(binary, (8, 8, 1)).to_dict()))
+    # Of CIFAR-10, whose shape is known without its files.
+    binary = network_settings(config, GENOTYPE, 10, binary=True)
+    assert summary == json.loads(json.dumps(summarise(binary, (32, 32, 3)).to_dict()))
     assert f"{summary['parameters']['total']:,} parameters" in file.getvalue()
     config.network.precision = "float"
     modes.summary_mode(config, tmp_path / "run", reporter_to(io.StringIO()))

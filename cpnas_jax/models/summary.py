@@ -237,14 +237,17 @@ def table(summary: Summary) -> str:
         ).rstrip()
 
     rule = "-" * len(line(heads))
+    return "\n".join(
+        [line(heads), rule, *map(line, rows), rule, line(totals), totals_text(summary)]
+    )
+
+
+def totals_text(summary: Summary) -> str:
+    """Return parameters, memory, compression and operations in two lines of text."""
+    whole = summary.to_dict()
     size, parent = _size(whole["memory_bytes"]["packed"]), whole["parent"]
     return "\n".join(
         [
-            line(heads),
-            rule,
-            *map(line, rows),
-            rule,
-            line(totals),
             f"{whole['parameters']['total']:,} parameters in {size}; the float parent's "
             f"{parent['parameters']:,} take {_size(parent['memory_bytes'])}, "
             f"{whole['compression']:.1f} times as much.",

@@ -65,7 +65,11 @@ def call(monkeypatch):
         (("--config", "configs/absent.py"), 1, ["configs/absent.py is no file"]),
         (("-config=configs/absent.py",), 1, ["configs/absent.py is no file"]),
         (("--config.search.rounds=1",), 2, ["config.search.rounds"]),
-        (("--config=configs/cifar10.py", "--config.dataset.data_dir=/nowhere"), 1, ["tfds build"]),
+        (
+            ("--config=configs/cifar10.py", "--config.dataset.data_dir=/nowhere"),
+            1,
+            ["data.prepare cifar10"],
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, status, words, tmp_path, capsys, call):

@@ -10,6 +10,7 @@ tfds takes half a second to import and is therefore imported inside the function
 import dataclasses
 import os
 import resource
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -243,32 +244,39 @@ def _not_prepared(name: str, root: epath.Path) -> str:
         there = f"its configurations there: {', '.join(f'{name}/{config}' for config in configs)}"
     return (
         f"config.dataset.name={name} is not prepared under {root} ({there}); to prepare it: "
-        f'pip install "cpnas_jax[prepare]" && {_build_command(name, root)}{_manual_part(name)}; '
+        f"{_prepare_command(name, root)}; "
         "for another place set config.dataset.data_dir or TFDS_DATA_DIR"
     )
 
 
-def _build_command(name: str, root: epath.Path) -> str:
-    return f"tfds build {name} --data_dir={root} --file_format=array_record"
+def _prepare_command(name: str, root: epath.Path, flags: str = "") -> str:
+    """Return the command that prepares a set in a place, with all that it needs."""
+    place = shlex.quote(os.fspath(root))
+    command = f"python -m cpnas_jax.data.prepare {shlex.quote(name)} --data_dir={place}{flags}"
+    by_hand = manual_instructions(name)
+    if by_hand:
+        command += f" --manual_dir=DIR (with DIR what has to be downloaded by hand: {by_hand})"
+    return f'pip install "cpnas_jax[prepare]" && {command}'
 
 
-def _manual_part(name: str) -> str:
-    """Return what the command needs for a stock set that tfds cannot download, such as ImageNet."""
+def stock_builder_class(name: str) -> Any:
+    """Return tfds's own builder class of a set, None if it has none; nothing is constructed."""
     import tensorflow_datasets as tfds
 
+    # A name with a colon is of a community, and would be looked up on the network.
+    if ":" in name:
+        return None
     try:
-        # Only imports the builder's module; a name with a colon would ask the network.
-        found = None if ":" in name else tfds.builder_cls(name.partition("/")[0])
-    # A set that tfds does not have, or whose module needs a package that is not there.
+        return tfds.builder_cls(name.partition("/")[0])
+    # No such set, or its module needs a package that is not there.
     except Exception:
-        return ""
-    instructions = " ".join((getattr(found, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split())
-    if not instructions:
-        return ""
-    return (
-        " --manual_dir=DIR, with DIR the directory of what has to be downloaded by hand "
-        f"({instructions.rstrip('.')})"
-    )
+        return None
+
+
+def manual_instructions(name: str) -> str:
+    """Return what tfds says of a set that it cannot download by itself; empty for any other."""
+    instructions = getattr(stock_builder_class(name), "MANUAL_DOWNLOAD_INSTRUCTIONS", None)
+    return " ".join((instructions or "").split()).rstrip(".")
 
 
 def _open_builder(name: str, root: epath.Path, directory: epath.Path) -> Any:
@@ -289,7 +297,7 @@ def _open_builder(name: str, root: epath.Path, directory: epath.Path) -> Any:
         formats = ", ".join(sorted(file_format.value for file_format in stored)) or "no format"
         raise UserError(
             f"{directory} holds {formats}, and array_record is needed; to prepare it again: "
-            f'pip install "cpnas_jax[prepare]" && {_build_command(name, root)} --overwrite'
+            f"{_prepare_command(name, root, ' --overwrite')}"
         )
     return builder
 

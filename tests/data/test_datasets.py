@@ -165,8 +165,8 @@ def test_missing_set_answers_at_once_with_the_command(tmp_path, name):
     assert time.perf_counter() - start < 1
     assert str(tmp_path) in message
     assert "prepared there: shapes" in message
-    assert f"tfds build {name} --data_dir={tmp_path} --file_format=array_record" in message
-    assert 'pip install "cpnas_jax[prepare]"' in message
+    command = f"python -m cpnas_jax.data.prepare {name} --data_dir={tmp_path}"
+    assert f'pip install "cpnas_jax[prepare]" && {command}' in message
 
 
 def test_missing_directory(tmp_path, monkeypatch):
@@ -195,7 +195,8 @@ def test_other_file_format(cifar10):
     (directory / "dataset_info.json").write_text(json.dumps(info))
     message = refusal("cifar10", "train", data_dir)
     assert "holds tfrecord, and array_record is needed" in message
-    assert f"tfds build cifar10 --data_dir={data_dir} --file_format=array_record" in message
+    command = f"python -m cpnas_jax.data.prepare cifar10 --data_dir={data_dir} --overwrite"
+    assert command in message
 
 
 def break_json(directory):

@@ -264,8 +264,7 @@ def test_set_that_has_to_be_downloaded_by_hand(tmp_path, name):
     start = time.perf_counter()
     message = refusal(lambda: stream.open_stream(name, "train", tmp_path, SIZE))
     assert time.perf_counter() - start < 1
-    assert f"tfds build {name} --data_dir={tmp_path}" in message
-    assert "--manual_dir=DIR" in message
+    assert f"data.prepare {name} --data_dir={tmp_path} --manual_dir=DIR" in message
     assert "ILSVRC2012_img_val.tar" in message
     if name == "imagenet2012":
         assert "ILSVRC2012_img_train.tar" in message

@@ -17,22 +17,10 @@ import numpy as np
 import pytest
 import stand_in
 import tensorflow_datasets as tfds
-from command_line import ROOT, call_main
+from command_line import ROOT
+from small_training import GENOTYPE, Command
 
-from cpnas_jax.architecture.genotype import Edge, Genotype
 from cpnas_jax.data.mnist5k import OfflineInfo
-
-CELL = tuple(
-    Edge(target=target, source=source, operation=operation)
-    for target in range(2, 6)
-    for source, operation in ((0, "max_pool_3x3"), (target - 1, "skip_connect"))
-)
-GENOTYPE = Genotype(normal=CELL, reduce=CELL, edge_policy="top2")
-SMALL = (
-    *("--config.network.cells=1", "--config.network.auxiliary=False"),
-    *("--config.network.drop_path=0.0", "--config.train.center_weight=0.0"),
-    *("--config.runtime.optimization_level=0", "--config.runtime.compilation_cache=False"),
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,24 +39,6 @@ def files(tmp_path_factory):
     stand_in.prepare(stand_in.Cifar10, directory / "data")
     GENOTYPE.save(directory / "cells.json")
     return directory
-
-
-class Command:
-    """Calls main with what all calls share; later arguments win."""
-
-    def __init__(self, monkeypatch, files):
-        self.monkeypatch, self.files = monkeypatch, files
-
-    def __call__(self, mode, workdir, *arguments):
-        return call_main(
-            self.monkeypatch,
-            f"--config=configs/cifar10.py:{mode},smoke",
-            f"--config.dataset.data_dir={self.files / 'data'}",
-            f"--config.genotype={self.files / 'cells.json'}",
-            *SMALL,
-            f"--workdir={workdir}",
-            *arguments,
-        )
 
 
 @pytest.fixture(scope="module")

@@ -1,39 +1,25 @@
 """The command line: what a user's mistake looks like, and a whole run from a shell."""
 
+import functools
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from absl import flags
+from command_line import ROOT, call_main
 
 from cpnas_jax import config as configs
 from cpnas_jax import main
 from cpnas_jax.runtime import workdir
 
-ROOT = pathlib.Path(__file__).parents[1]
 MNIST = "--config=configs/mnist5k.py:search,smoke"
 
 
 @pytest.fixture
 def call(monkeypatch):
-    """Run main as a shell would; ml_collections looks for overrides in sys.argv itself."""
-    monkeypatch.chdir(ROOT)
-
-    def run(*arguments):
-        # Overrides of an earlier call are flags of their own; other libraries' flags must stay.
-        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-            delattr(flags.FLAGS, name)
-        flags.FLAGS.unparse_flags()
-        for flag in (main._CONFIG, main._WORKDIR):
-            flags.FLAGS[flag.name].value = None
-        monkeypatch.setattr(sys, "argv", ["main", *arguments])
-        return main.main(sys.argv)
-
-    return run
+    return functools.partial(call_main, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,377 @@
+"""A user's mistakes and accidents around a training: one line each, and nothing is lost.
+
+Everything goes through the command line, on small prepared sets; one training of one cell without
+convolutions serves all tests, as a copy.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import stand_in
+import tensorflow_datasets as tfds
+from command_line import ROOT
+from small_training import GENOTYPE, Command
+
+from cpnas_jax.data.mnist5k import OfflineInfo
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A directory with prepared sets and a genotype file."""
+    directory = tmp_path_factory.mktemp("files")
+    stand_in.prepare(stand_in.Cifar10, directory / "data")
+    GENOTYPE.save(directory / "cells.json")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert Command(patch, files)("train", workdir) == 0
+    return workdir
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def command(monkeypatch, files):
+    return Command(monkeypatch, files)
+
+
+@pytest.fixture
+def refused(command, capsys):
+    """A call that must fail with one line; returns the line."""
+
+    def call(mode, workdir, *arguments):
+        capsys.readouterr()
+        assert command(mode, workdir, *arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return call
+
+
+def contents(workdir):
+    """What is in a workdir, but for the lock."""
+    return {
+        str(path.relative_to(workdir)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in workdir.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def unfinished(workdir):
+    """As after a kill before the very end."""
+    (workdir / "results.json").unlink()
+    return workdir
+
+
+def cells(change):
+    data = json.loads(GENOTYPE.to_json())
+    change(data)
+    return json.dumps(data).encode()
+
+
+def edge(cell, number, **values):
+    return cells(lambda data: data[cell][number].update(values))
+
+
+def lone_none(data):
+    """Policy `all`, where an edge may be `none`; but not all of a node's."""
+    data["edge_policy"] = "all"
+    for cell in ("normal", "reduce"):
+        data[cell] = [
+            {"source": source, "target": target, "operation": "skip_connect"}
+            for target in range(2, 6)
+            for source in range(target)
+        ]
+    for entry in data["reduce"][2:5]:
+        entry["operation"] = "none"
+
+
+GENOTYPES = {
+    "operation": (
+        edge("normal", 0, operation="conv_7x7"),
+        "normal cell: edge 0->2 has the unknown operation 'conv_7x7'; known: none, max_pool_3x3",
+    ),
+    "missing edge": (
+        cells(lambda data: data["normal"].pop(0)),
+        "normal cell: node 2 has 1 edges (sources [1]); policy top2 needs 2",
+    ),
+    "cycle": (
+        edge("reduce", 2, source=4),
+        "reduce cell: there is no edge 4->3; target must be 2 to 5 and source from 0 to target - 1",
+    ),
+    "loop": (edge("reduce", 2, source=3), "reduce cell: there is no edge 3->3"),
+    "node without input": (cells(lone_none), "reduce cell: node 3 is dead, all its edges are"),
+    "none in top2": (edge("normal", 0, operation="none"), "edge 0->2 is 'none'; policy top2 keeps"),
+    "sixth node": (edge("normal", 7, target=6), "there is no edge 4->6; target must be 2 to 5"),
+    "one cell": (cells(lambda data: data.pop("reduce")), "genotype has no key 'reduce'"),
+    "third cell": (
+        cells(lambda data: data.update(third=[])),
+        "genotype has the unknown key 'third'; known: edge_policy, format",
+    ),
+    "empty": (b"", "not JSON"),
+    "cut": (GENOTYPE.to_json()[:200].encode(), "not JSON"),
+    "bytes": (bytes(range(256)), "not UTF-8 text; give a genotype file"),
+    "another JSON": (b'{"a": 1}', "format is None; it must be 'cpnas_jax.genotype'"),
+    "a list": (b"[1, 2]", "format is [1, 2]; it must be 'cpnas_jax.genotype'"),
+}
+
+
+@pytest.mark.parametrize("name", GENOTYPES)
+def test_a_genotype_file_with_a_mistake(refused, tmp_path, name):
+    content, words = GENOTYPES[name]
+    path = tmp_path / "mine.json"
+    path.write_bytes(content)
+    for mode in ("train", "evaluate", "summary"):
+        error = refused(mode, tmp_path / "run", f"--config.genotype={path}")
+        assert error.startswith(f"error: {path}: ")
+        assert words in error
+        assert not (tmp_path / "run/config.json").exists()
+
+
+def test_no_genotype(refused, tmp_path):
+    run = tmp_path / "run"
+    error = refused("train", run, "--config.genotype=")
+    assert "config.genotype is empty; give a genotype file" in error
+    assert "DDPNAS_XNOR_1" in error
+    for path, reason in ((tmp_path / "absent.json", "No such file"), (tmp_path, "Is a directory")):
+        error = refused("train", run, f"--config.genotype={path}")
+        assert error.startswith(f"error: {path}: cannot be read ({reason}")
+        assert "give a genotype file" in error
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("train.epochs=0", "config.train.epochs is 0; it must be an integer, at least 1"),
+        ("train.batch_size=512", "config.train.batch_size is 512; the training split has only 320"),
+        ("train.batch_size=30", "config.train.batch_size is 30; it must be a multiple of the 8"),
+        ("evaluate.batch_size=9", "config.evaluate.batch_size is 9; it must be a multiple of the"),
+        ("evaluate.split=dev", "has no split 'dev'; it has test, train"),
+        ("dataset.examples=1000", "config.dataset.examples=1000 is more than the 320 of cifar10"),
+        ("network.cells=0", "config.network.cells is 0; it must be an integer, at least 1"),
+        ("network.precision=int8", "config.network.precision is 'int8'; it must be one of binary"),
+        ("train.learning_rate=nan", "config.train.learning_rate is nan"),
+    ],
+)
+def test_a_value_that_cannot_be_trained_with(refused, tmp_path, argument, words):
+    assert words in refused("train", tmp_path / "run", f"--config.{argument}")
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_batch_that_two_devices_cannot_share(files, tmp_path):
+    """A process of its own, with all that a shell would see."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "cpnas_jax.main", "--config=configs/cifar10.py:train,smoke"),
+            f"--config.dataset.data_dir={files / 'data'}",
+            f"--config.genotype={files / 'cells.json'}",
+            *("--config.train.batch_size=33", f"--workdir={tmp_path / 'run'}"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: config.train.batch_size is 33; it must be a multiple of the 2 devices that share "
+        "it\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+class Unlabelled(stand_in.Cifar10, skip_registration=True):
+    """A test split without labels, which tfds stores as -1."""
+
+    name = "unlabelled"
+
+    def _generate_examples(self, split):
+        for index, example in super()._generate_examples(split):
+            yield index, {**example, "label": -1 if split == "test" else example["label"]}
+
+
+class Sizes(stand_in.Cifar10, skip_registration=True):
+    """One image is larger than all others."""
+
+    name = "sizes"
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": self._class_label("class", self.NUM_CLASSES),
+        }
+        return OfflineInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _generate_examples(self, split):
+        for index in range(16):
+            image = np.full((9 if index == 5 else 8, 8, 3), index, np.uint8)
+            yield index, {"image": stand_in.encode(image), "label": index % self.NUM_CLASSES}
+
+
+@pytest.mark.parametrize(
+    ("builder", "arguments", "words"),
+    [
+        (Unlabelled, (), "split 'test' in {} has labels outside 0..9: it is unlabelled"),
+        (Sizes, ("--config.dataset.image_size=0",), "the images of {} differ in size"),
+    ],
+)
+def test_data_that_cannot_be_trained_with(refused, files, tmp_path, builder, arguments, words):
+    directory = stand_in.prepare(builder, files / "data")
+    name = f"--config.dataset.name={builder.name}"
+    error = refused("train", tmp_path / "run", name, "--config.train.batch_size=8", *arguments)
+    assert words.format(directory) in error
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_evaluating_before_training(refused, tmp_path):
+    error = refused("evaluate", tmp_path / "run")
+    assert f"{tmp_path / 'run/train/checkpoints'} holds no checkpoint" in error
+    assert "mode `train` first" in error
+
+
+OTHERS = {
+    "channels": ("--config.network.channels=8", "network.channels (there 4, here 8)"),
+    "cells": ("--config.network.cells=2", "network.cells (there 1, here 2)"),
+    "precision": ("--config.network.precision=float", "network.precision (there 'binary', here"),
+    "genotype": ("--config.genotype=DARTS_V2", "differing: genotype (there {'normal'"),
+    "image size": ("--config.dataset.image_size=16", "dataset.image_size (there 8, here 16)"),
+    "data set": ("--config.dataset.name=cifar100", "dataset.name (there 'cifar10', here 'cif"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_checkpoint_of_another_network(refused, copied, name):
+    argument, words = OTHERS[name]
+    unfinished(copied)
+    before = contents(copied)
+    for mode in ("train", "evaluate"):
+        error = refused(mode, copied, argument)
+        assert f"error: {copied} holds a run of another config" in error
+        assert words in error
+    assert contents(copied) == before
+
+
+def test_another_network_without_its_config(refused, copied):
+    """The checkpoints themselves tell, where nothing else does."""
+    unfinished(copied)
+    (copied / "config.json").unlink()
+    before = contents(copied)
+    for mode in ("train", "evaluate"):
+        assert str(copied / "train") in refused(mode, copied, "--config.network.channels=8")
+    assert contents(copied) == before
+
+
+def arrays(directory):
+    """The files that hold the arrays of checkpoints."""
+    return [path for path in directory.rglob("d/*") if path.is_file()]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip, cut])
+def test_no_checkpoint_is_whole(refused, copied, damage):
+    unfinished(copied)
+    paths = arrays(copied / "train/checkpoints")
+    assert len(paths) > 1
+    for path in paths:
+        damage(path)
+    before = contents(copied)
+    for mode in ("train", "evaluate"):
+        error = refused(mode, copied)
+        assert f"no checkpoint in {copied / 'train/checkpoints'} can be read" in error
+        assert "to start again" in error
+    assert contents(copied) == before
+
+
+def test_the_newest_checkpoint_is_cut(command, trained, copied, caplog):
+    """The training goes on from the one before and ends as it would have."""
+    unfinished(copied)
+    newest = max((copied / "train/checkpoints").iterdir(), key=lambda path: int(path.name))
+    for path in arrays(newest):
+        cut(path)
+    assert command("train", copied) == 0
+    assert f"checkpoint {newest} is damaged and passed over" in caplog.text
+    results = [
+        json.loads((path / "results.json").read_text())["train"] for path in (trained, copied)
+    ]
+    for entry in results:
+        del entry["seconds"]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"config": {'),
+        ("config.json", '{"config": 3}'),
+        ("results.json", "{"),
+        ("results.json", "[]"),
+    ],
+)
+def test_a_damaged_file_of_the_workdir(refused, copied, name, content):
+    (copied / name).write_text(content)
+    before = contents(copied)
+    error = refused("train", copied)
+    assert f"{copied / name} is damaged" in error
+    assert "use another --workdir" in error
+    assert contents(copied) == before
+
+
+def test_a_loss_that_is_not_finite(refused, tmp_path):
+    """The float network of the same cells, by steps far too large; the same command fails again."""
+    arguments = (
+        *("--config.network.precision=float", "--config.train.float_learning_rate=1000"),
+        *("--config.train.gradient_clip=1e30", "--config.runtime.checkpoint_every=1"),
+        "--config.runtime.keep_checkpoints=50",
+    )
+    error = refused("train", tmp_path / "run", *arguments)
+    found = re.match(r"error: the loss is not finite in step (\d+) of epoch 1;", error)
+    assert found is not None
+    assert "the checkpoints are kept" in error
+    assert "config.train.float_learning_rate" in error
+    kept = contents(tmp_path / "run")
+    numbers = {int(path.name) for path in (tmp_path / "run/train/checkpoints").iterdir()}
+    assert numbers == set(range(1, int(found[1])))
+    assert refused("train", tmp_path / "run", *arguments) == error
+    assert contents(tmp_path / "run") == kept

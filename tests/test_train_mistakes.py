@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import stand_in
@@ -22,14 +21,7 @@ from small_training import GENOTYPE, Command
 
 from cpnas_jax.data.mnist5k import OfflineInfo
 
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once(tmp_path_factory):
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +166,7 @@ def test_no_genotype(refused, tmp_path):
         ("train.batch_size=30", "config.train.batch_size is 30; it must be a multiple of the 8"),
         ("evaluate.batch_size=9", "config.evaluate.batch_size is 9; it must be a multiple of the"),
         ("evaluate.split=dev", "has no split 'dev'; it has test, train"),
-        ("dataset.examples=1000", "config.dataset.examples=1000 is more than the 320 of cifar10"),
+        ("dataset.cutout=9", "config.dataset.cutout is 9; it must be at most 8, as large as the"),
         ("network.cells=0", "config.network.cells is 0; it must be an integer, at least 1"),
         ("network.precision=int8", "config.network.precision is 'int8'; it must be one of binary"),
         ("train.learning_rate=nan", "config.train.learning_rate is nan"),
@@ -265,8 +257,6 @@ def test_evaluating_before_training(refused, tmp_path):
 OTHERS = {
     "channels": ("--config.network.channels=8", "network.channels (there 4, here 8)"),
     "cells": ("--config.network.cells=2", "network.cells (there 1, here 2)"),
-    "precision": ("--config.network.precision=float", "network.precision (there 'binary', here"),
-    "genotype": ("--config.genotype=DARTS_V2", "differing: genotype (there {'normal'"),
     "image size": ("--config.dataset.image_size=16", "dataset.image_size (there 8, here 16)"),
     "data set": ("--config.dataset.name=cifar100", "dataset.name (there 'cifar10', here 'cif"),
 }
@@ -282,6 +272,21 @@ def test_the_checkpoint_of_another_network(refused, copied, name):
         assert f"error: {copied} holds a run of another config" in error
         assert words in error
     assert contents(copied) == before
+
+
+def test_other_cells_than_were_trained(refused, copied):
+    unfinished(copied)
+    before = contents(copied)
+    for mode in ("train", "evaluate"):
+        error = refused(mode, copied, "--config.genotype=DARTS_V2")
+        assert "config.genotype has other cells than were trained in" in error
+        assert str(copied / "train/genotype.json") in error
+    assert contents(copied) == before
+
+
+def test_a_parent_that_was_not_trained_has_no_evaluation(refused, copied):
+    error = refused("evaluate", copied, "--config.network.precision=float")
+    assert f"{copied / 'parent/checkpoints'} holds no checkpoint" in error
 
 
 def test_another_network_without_its_config(refused, copied):
@@ -371,7 +376,7 @@ def test_a_loss_that_is_not_finite(refused, tmp_path):
     assert "the checkpoints are kept" in error
     assert "config.train.float_learning_rate" in error
     kept = contents(tmp_path / "run")
-    numbers = {int(path.name) for path in (tmp_path / "run/train/checkpoints").iterdir()}
+    numbers = {int(path.name) for path in (tmp_path / "run/parent/checkpoints").iterdir()}
     assert numbers == set(range(1, int(found[1])))
     assert refused("train", tmp_path / "run", *arguments) == error
     assert contents(tmp_path / "run") == kept

@@ -20,7 +20,7 @@ from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.blocks import Levers, OperationSettings
 from cpnas_jax.models.network import CellEdges, Network, NetworkSettings
 from cpnas_jax.runtime.errors import UserError
-from cpnas_jax.runtime.memory import check_memory, out_of_memory
+from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import replicate, to_host
 from cpnas_jax.train_step import (
     LOSS_TERMS,
@@ -279,12 +279,8 @@ class Trainer:
         Raises:
             UserError: it needs more memory than a device has.
         """
-        try:
+        with exhaustion_explained(_KNOBS):
             self._train_program(epoch)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise out_of_memory(str(error).splitlines()[0], _KNOBS) from error
         check_memory(self.memory_bytes(), _KNOBS)
 
     def _fixed_bytes(self) -> dict[str, int]:

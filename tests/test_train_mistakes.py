@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import stand_in
@@ -22,14 +21,7 @@ from small_training import GENOTYPE, Command
 
 from cpnas_jax.data.mnist5k import OfflineInfo
 
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once(tmp_path_factory):
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +34,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(files, tmp_path_factory):
+def trained(files, compiled_once, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         assert Command(patch, files)("train", workdir) == 0
@@ -156,14 +148,15 @@ def test_a_genotype_file_with_a_mistake(refused, tmp_path, name):
 
 def test_no_genotype(refused, tmp_path):
     run = tmp_path / "run"
-    error = refused("train", run, "--config.genotype=")
-    assert "config.genotype is empty; give a genotype file" in error
-    assert "DDPNAS_XNOR_1" in error
+    for mode in ("train", "evaluate", "summary"):
+        error = refused(mode, run, "--config.genotype=")
+        assert f"config.genotype is empty and there is no {run / 'genotype.json'}; give" in error
+        assert "DDPNAS_XNOR_1" in error
     for path, reason in ((tmp_path / "absent.json", "No such file"), (tmp_path, "Is a directory")):
         error = refused("train", run, f"--config.genotype={path}")
         assert error.startswith(f"error: {path}: cannot be read ({reason}")
         assert "give a genotype file" in error
-    assert not run.exists()
+    assert contents(run) == {}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +167,8 @@ def test_no_genotype(refused, tmp_path):
         ("train.batch_size=30", "config.train.batch_size is 30; it must be a multiple of the 8"),
         ("evaluate.batch_size=9", "config.evaluate.batch_size is 9; it must be a multiple of the"),
         ("evaluate.split=dev", "has no split 'dev'; it has test, train"),
-        ("dataset.examples=1000", "config.dataset.examples=1000 is more than the 320 of cifar10"),
+        ("dataset.cutout=9", "config.dataset.cutout is 9; the images are of 8x8, it must be at"),
+        ("dataset.image_size=1", "images of 1x1 are too small for a network that halves them 1"),
         ("network.cells=0", "config.network.cells is 0; it must be an integer, at least 1"),
         ("network.precision=int8", "config.network.precision is 'int8'; it must be one of binary"),
         ("train.learning_rate=nan", "config.train.learning_rate is nan"),
@@ -265,8 +259,7 @@ def test_evaluating_before_training(refused, tmp_path):
 OTHERS = {
     "channels": ("--config.network.channels=8", "network.channels (there 4, here 8)"),
     "cells": ("--config.network.cells=2", "network.cells (there 1, here 2)"),
-    "precision": ("--config.network.precision=float", "network.precision (there 'binary', here"),
-    "genotype": ("--config.genotype=DARTS_V2", "differing: genotype (there {'normal'"),
+    "stem": ("--config.network.stem=imagenet", "network.stem (there 'cifar', here 'imagenet')"),
     "image size": ("--config.dataset.image_size=16", "dataset.image_size (there 8, here 16)"),
     "data set": ("--config.dataset.name=cifar100", "dataset.name (there 'cifar10', here 'cif"),
 }
@@ -284,13 +277,34 @@ def test_the_checkpoint_of_another_network(refused, copied, name):
     assert contents(copied) == before
 
 
-def test_another_network_without_its_config(refused, copied):
-    """The checkpoints themselves tell, where nothing else does."""
+def test_other_cells_in_the_same_workdir(refused, copied):
     unfinished(copied)
-    (copied / "config.json").unlink()
     before = contents(copied)
     for mode in ("train", "evaluate"):
-        assert str(copied / "train") in refused(mode, copied, "--config.network.channels=8")
+        error = refused(mode, copied, "--config.genotype=DARTS_V2")
+        assert f"config.genotype has other cells than were trained in {copied / 'train'}" in error
+        assert str(copied / "train/genotype.json") in error
+    assert contents(copied) == before
+
+
+def test_the_parent_of_a_trained_child_is_not_trained_yet(refused, copied):
+    error = refused("evaluate", copied, "--config.network.precision=float")
+    assert f"{copied / 'parent/checkpoints'} holds no checkpoint" in error
+
+
+def test_another_network_without_its_config(refused, copied, tmp_path):
+    """The checkpoints themselves tell, of whatever shapes, where nothing else does."""
+    unfinished(copied)
+    (copied / "config.json").unlink()
+    (copied / "train/genotype.json").unlink()
+    pools = tmp_path / "pools.json"
+    pools.write_bytes(edge("reduce", 0, operation="avg_pool_3x3"))
+    before = contents(copied)
+    for argument in ("network.channels=8", f"genotype={pools}"):
+        for mode in ("train", "evaluate"):
+            error = refused(mode, copied, f"--config.{argument}")
+            assert "checkpoint" in error
+            assert str(copied / "train") in error
     assert contents(copied) == before
 
 
@@ -371,7 +385,7 @@ def test_a_loss_that_is_not_finite(refused, tmp_path):
     assert "the checkpoints are kept" in error
     assert "config.train.float_learning_rate" in error
     kept = contents(tmp_path / "run")
-    numbers = {int(path.name) for path in (tmp_path / "run/train/checkpoints").iterdir()}
+    numbers = {int(path.name) for path in (tmp_path / "run/parent/checkpoints").iterdir()}
     assert numbers == set(range(1, int(found[1])))
     assert refused("train", tmp_path / "run", *arguments) == error
     assert contents(tmp_path / "run") == kept

@@ -34,7 +34,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(files, tmp_path_factory):
+def trained(files, compiled_once, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         assert Command(patch, files)("train", workdir) == 0
@@ -148,14 +148,15 @@ def test_a_genotype_file_with_a_mistake(refused, tmp_path, name):
 
 def test_no_genotype(refused, tmp_path):
     run = tmp_path / "run"
-    error = refused("train", run, "--config.genotype=")
-    assert "config.genotype is empty; give a genotype file" in error
-    assert "DDPNAS_XNOR_1" in error
+    for mode in ("train", "evaluate", "summary"):
+        error = refused(mode, run, "--config.genotype=")
+        assert f"config.genotype is empty and there is no {run / 'genotype.json'}; give" in error
+        assert "DDPNAS_XNOR_1" in error
     for path, reason in ((tmp_path / "absent.json", "No such file"), (tmp_path, "Is a directory")):
         error = refused("train", run, f"--config.genotype={path}")
         assert error.startswith(f"error: {path}: cannot be read ({reason}")
         assert "give a genotype file" in error
-    assert not run.exists()
+    assert contents(run) == {}
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,7 @@ def test_evaluating_before_training(refused, tmp_path):
 OTHERS = {
     "channels": ("--config.network.channels=8", "network.channels (there 4, here 8)"),
     "cells": ("--config.network.cells=2", "network.cells (there 1, here 2)"),
+    "stem": ("--config.network.stem=imagenet", "network.stem (there 'cifar', here 'imagenet')"),
     "image size": ("--config.dataset.image_size=16", "dataset.image_size (there 8, here 16)"),
     "data set": ("--config.dataset.name=cifar100", "dataset.name (there 'cifar10', here 'cif"),
 }
@@ -274,28 +276,34 @@ def test_the_checkpoint_of_another_network(refused, copied, name):
     assert contents(copied) == before
 
 
-def test_other_cells_than_were_trained(refused, copied):
+def test_other_cells_in_the_same_workdir(refused, copied):
     unfinished(copied)
     before = contents(copied)
     for mode in ("train", "evaluate"):
         error = refused(mode, copied, "--config.genotype=DARTS_V2")
-        assert "config.genotype has other cells than were trained in" in error
+        assert f"config.genotype has other cells than were trained in {copied / 'train'}" in error
         assert str(copied / "train/genotype.json") in error
     assert contents(copied) == before
 
 
-def test_a_parent_that_was_not_trained_has_no_evaluation(refused, copied):
+def test_the_parent_of_a_trained_child_is_not_trained_yet(refused, copied):
     error = refused("evaluate", copied, "--config.network.precision=float")
     assert f"{copied / 'parent/checkpoints'} holds no checkpoint" in error
 
 
-def test_another_network_without_its_config(refused, copied):
-    """The checkpoints themselves tell, where nothing else does."""
+def test_another_network_without_its_config(refused, copied, tmp_path):
+    """The checkpoints themselves tell, of whatever shapes, where nothing else does."""
     unfinished(copied)
     (copied / "config.json").unlink()
+    (copied / "train/genotype.json").unlink()
+    pools = tmp_path / "pools.json"
+    pools.write_bytes(edge("reduce", 0, operation="avg_pool_3x3"))
     before = contents(copied)
-    for mode in ("train", "evaluate"):
-        assert str(copied / "train") in refused(mode, copied, "--config.network.channels=8")
+    for argument in ("network.channels=8", f"genotype={pools}"):
+        for mode in ("train", "evaluate"):
+            error = refused(mode, copied, f"--config.{argument}")
+            assert "checkpoint" in error
+            assert str(copied / "train") in error
     assert contents(copied) == before
 
 

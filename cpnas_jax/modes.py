@@ -23,8 +23,8 @@ def summary_mode(
     config: config_dict.ConfigDict, workdir: str | os.PathLike[str], reporter: Reporter
 ) -> None:
     """Say what the network of `config.genotype` costs, without its data and without training."""
+    genotype = resolve_genotype(config, workdir)
     with Workdir(workdir) as directory:
-        genotype = resolve_genotype(config, directory)
         binary = config.network.precision == "binary"
         reporter.say(table(write_summary(config, directory, genotype, binary=binary)))
 
@@ -45,9 +45,9 @@ def evaluate_mode(
     config: config_dict.ConfigDict, workdir: str | os.PathLike[str], reporter: Reporter
 ) -> None:
     """Count the answers of a trained network over a split; see `evaluate_network`."""
+    genotype = resolve_genotype(config, workdir)
     with Workdir(workdir) as directory:
         directory.refuse_other(deciding_keys(config, "train"))
-        genotype = resolve_genotype(config, directory)
         binary = config.network.precision == "binary"
         check_trained(config, directory, binary=binary)
         evaluate_network(config, directory, reporter, genotype, open_feed(config), binary=binary)

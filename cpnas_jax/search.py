@@ -33,6 +33,7 @@ from cpnas_jax.path_optimizer import CHILD, PARENT
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.memory import describe
 from cpnas_jax.runtime.workdir import History, Workdir
 from cpnas_jax.search_networks import EpochResult, Networks
 from cpnas_jax.search_text import plan_text, stage_text
@@ -208,11 +209,9 @@ class _Run:
             return
         self.reporter.log("compiling the training program")
         self.networks.compile()
-        memory = self.networks.memory_bytes()
-        parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in memory.items())
         self.reporter.say(
             f"Compiled in {self.networks.compile_seconds['train']:.1f} s; estimated memory of a "
-            f"device: {sum(memory.values()) / 2**20:.0f} MiB ({parts})."
+            f"device: {describe(self.networks.memory_bytes())}."
         )
         self.reporter.start_progress(self.total, position.epoch)
         first = position.epoch

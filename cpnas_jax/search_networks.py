@@ -18,6 +18,7 @@ from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.path_optimizer import CHILD, PARENT, OptimizerSettings, PathOptimizer
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
 from cpnas_jax.search_step import (
     Call,
@@ -48,6 +49,12 @@ def supernet_settings(
             binary_preprocess=search.binary_preprocess,
         ),
     )
+
+
+_KNOBS = (
+    "config.search.channels, config.search.cells, config.search.batch_size, the number of "
+    "config.search.reductions or the size of the images, or use more devices"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +181,7 @@ class Networks:
         weights = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
         # Weights and momentum of both models, gradients of one.
         needed = (2 * len(MODELS) + 1) * weights
-        available = environment.device_memory()
-        if available is not None and needed > available:
-            raise UserError(
-                f"weights and optimizers need at least {needed / 2**30:.1f} GiB, a device has "
-                f"{available / 2**30:.1f}; lower config.search.channels, config.search.cells or "
-                "the number of config.search.reductions"
-            )
+        check_memory({"weights and optimizers": needed}, _KNOBS)
 
     def initial_state(self) -> dict[str, ModelState]:
         """Return the state of both models before the first epoch, in host memory."""
@@ -203,9 +204,15 @@ class Networks:
         return {name: to_host(self._states[name]) for name in MODELS}
 
     def compile(self) -> None:
-        """Compile the training program; that of scoring follows at its first use."""
+        """Compile the training program; that of scoring follows at its first use.
+
+        Raises:
+            UserError: it needs more memory than a device has.
+        """
         call = self._call(CHILD, np.zeros(SHAPE, np.int32), 0, 0, 1)
-        self._compiled("train", self._train, self._states[CHILD], self._examples["train"], call)
+        with exhaustion_explained(_KNOBS):
+            self._compiled("train", self._train, self._states[CHILD], self._examples["train"], call)
+        check_memory(self.memory_bytes(), _KNOBS)
 
     def _compiled(self, name: str, function: Any, *arguments: Any) -> Any:
         if name not in self._programs:

@@ -18,6 +18,7 @@ from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.memory import describe
+from cpnas_jax.runtime.paths import user_path
 from cpnas_jax.runtime.workdir import History, Workdir
 from cpnas_jax.trainer import EpochSums, Trainer, network_settings
 
@@ -35,7 +36,7 @@ class Position:
     step: int = 0
 
 
-def resolve_genotype(config: config_dict.ConfigDict, directory: Workdir) -> Genotype:
+def resolve_genotype(config: config_dict.ConfigDict, workdir: str | os.PathLike[str]) -> Genotype:
     """Return the genotype that a config names, or where it names none, the workdir's own.
 
     Raises:
@@ -45,11 +46,11 @@ def resolve_genotype(config: config_dict.ConfigDict, directory: Workdir) -> Geno
     name = config.genotype
     if name in NAMES:
         return named_genotype(name)
-    own = directory.path / "genotype.json"
+    own = user_path("--workdir", workdir) / "genotype.json"
     if not name and not own.exists():
         raise UserError(
-            f"config.genotype is empty and there is no {own}; give a genotype file, such as a "
-            f"search writes, or one of {', '.join(NAMES)}"
+            "config.genotype is empty; give a genotype file, the --workdir of a search (there is "
+            f"no {own}), or one of {', '.join(NAMES)}"
         )
     return Genotype.load(name or own)
 
@@ -67,9 +68,9 @@ def train(
     Raises:
         UserError: see the errors of the genotype, the data, the workdir and the checkpoints.
     """
+    genotype = resolve_genotype(config, workdir)
     with Workdir(workdir) as directory:
         directory.refuse_other(deciding_keys(config, "train"))
-        genotype = resolve_genotype(config, directory)
         binary = config.network.precision == "binary"
         if not finished(config, directory, reporter, genotype, binary=binary):
             train_network(config, directory, reporter, genotype, open_feed(config), binary=binary)

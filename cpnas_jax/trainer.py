@@ -20,7 +20,7 @@ from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.blocks import Levers, OperationSettings
 from cpnas_jax.models.network import CellEdges, Network, NetworkSettings
 from cpnas_jax.runtime.errors import UserError
-from cpnas_jax.runtime.memory import check_memory, out_of_memory
+from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import replicate, to_host
 from cpnas_jax.train_step import (
     LOSS_TERMS,
@@ -97,28 +97,6 @@ class EpochSums:
         return {name: value / self.steps for name, value in self.values.items()}
 
 
-def _check_sizes(
-    config: config_dict.ConfigDict, settings: NetworkSettings, shape: tuple[int, int, int]
-) -> None:
-    """Refuse images that the network's halvings leave no pixel of, and a cutout beyond them.
-
-    Raises:
-        UserError: the key and what would be right.
-    """
-    halvings = len(settings.reductions()) + (3 if settings.stem == "imagenet" else 0)
-    least = 2**halvings
-    if min(shape[:2]) < least:
-        raise UserError(
-            f"images of {shape[0]}x{shape[1]} are too small for a network that halves them "
-            f"{halvings} times; config.dataset.image_size must be at least {least}"
-        )
-    if config.dataset.cutout > min(shape[:2]):
-        raise UserError(
-            f"config.dataset.cutout is {config.dataset.cutout}; the images are of "
-            f"{shape[0]}x{shape[1]}, it must be at most {min(shape[:2])}"
-        )
-
-
 class Trainer:
     """A child or a float network with everything that is compiled or lives on a device."""
 
@@ -146,7 +124,12 @@ class Trainer:
                 f"config.train.batch_size is {options.batch_size}; the training split has only "
                 f"{facts.num_train} images"
             )
-        _check_sizes(config, settings, facts.image_shape)
+        side = min(facts.image_shape[:2])
+        if config.dataset.cutout > side:
+            raise UserError(
+                f"config.dataset.cutout is {config.dataset.cutout}; it must be at most {side}, as "
+                "large as the images"
+            )
         self.total_steps = options.epochs * self.steps_per_epoch
         self._num_devices = jax.device_count()
         self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
@@ -296,12 +279,8 @@ class Trainer:
         Raises:
             UserError: it needs more memory than a device has.
         """
-        try:
+        with exhaustion_explained(_KNOBS):
             self._train_program(epoch)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise out_of_memory(str(error).splitlines()[0], _KNOBS) from error
         check_memory(self.memory_bytes(), _KNOBS)
 
     def _fixed_bytes(self) -> dict[str, int]:

@@ -167,7 +167,10 @@ def test_checkpoints_of_another_config_are_refused_and_kept(monkeypatch, tmp_pat
     [
         ({"score_batch_size": 32}, r"config.search.score_batch_size is 32.*only 20 images"),
         ({"batch_size": 24}, r"config.search.batch_size is 24.*only 20 images"),
-        ({"channels": 4096}, "need at least .* GiB.*lower config.search.channels"),
+        (
+            {"channels": 4096},
+            "needs about .* MiB .weights and optimizers.*lower config.search.channels",
+        ),
     ],
 )
 def test_sizes_that_data_or_memory_do_not_allow(monkeypatch, tmp_path, settings, words):

@@ -17,7 +17,7 @@ from reads import note_reads
 from rich.console import Console
 
 from cpnas_jax import config as configs
-from cpnas_jax import feeds, modes, train_step
+from cpnas_jax import environment, feeds, modes, train_step
 from cpnas_jax import train as train_module
 from cpnas_jax.architecture.genotype import Edge, Genotype
 from cpnas_jax.data.datasets import Split
@@ -331,6 +331,19 @@ def test_two_step_training_begins_with_real_weights(config):
     (first, second), (usual, same) = after_each_epoch(1), after_each_epoch(0)
     assert first != usual
     assert second == same
+
+
+@pytest.mark.parametrize("room", [1_000_000, 8_000_000])
+def test_a_training_that_does_not_fit_is_refused_before_it_begins(
+    config, tmp_path, monkeypatch, room
+):
+    """By its weights and data alone, or by what the compiled program says it needs."""
+    monkeypatch.setattr(environment, "device_memory", lambda: room)
+    words = r"does not fit on a device: .*lower config\.train\.batch_size, config\.network\.chan"
+    with pytest.raises(UserError, match=words):
+        run(config, tmp_path / "run")
+    assert (tmp_path / "run/config.json").exists() == (room == 8_000_000)
+    assert not (tmp_path / "run/results.json").exists()
 
 
 @pytest.mark.parametrize(

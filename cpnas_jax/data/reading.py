@@ -8,6 +8,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator
 from typing import Any
@@ -18,8 +19,8 @@ from absl import flags
 from cpnas_jax.data import records, views
 from cpnas_jax.runtime.errors import UserError
 
-# Reading waits for the disk, and Pillow decodes without the interpreter lock. More threads than
-# cores cost nothing that could be measured (docs of `Stream.training_batches` on workers).
+# Reading waits for the disk, and Pillow's codecs and filters run without the interpreter lock. With
+# one core 16 threads were as fast as 1 or 4.
 _THREADS = 16
 _THREADS_OF_A_WORKER = 2
 
@@ -154,6 +155,11 @@ def read_ahead(parts: Parts, workers: int) -> Generator[tuple[np.ndarray, np.nda
         if not flags.FLAGS.is_parsed():
             # grain reads a flag of its own, also where no command line was parsed.
             flags.FLAGS.mark_as_parsed()
+        # Pixels come through pipes: of what grain has in shared memory when it is closed it leaves
+        # some there till the end, with a warning, and containers often have only 64 MB of it.
+        dataset = grain.experimental.WithOptionsIterDataset(
+            dataset, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        )
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=workers, per_worker_buffer_size=-(-ahead // workers)
@@ -168,8 +174,7 @@ def read_ahead(parts: Parts, workers: int) -> Generator[tuple[np.ndarray, np.nda
             raise
         raise UserError(
             f"a process that reads {parts.reader.directory} ahead died "
-            f"({records.one_line(error)}); if it ran out of memory, or of shared memory in "
-            "/dev/shm, lower the number of workers"
+            f"({records.one_line(error)}); if it ran out of memory, lower the number of workers"
         ) from error
     finally:
         iterator.close()

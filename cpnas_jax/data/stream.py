@@ -78,9 +78,10 @@ class Stream:
             epochs: how many epochs to go through; worker processes stay for all of them.
             area: smallest and largest share of an image's area that is cut out at random.
             ratio: smallest and largest width / height of what is cut out.
-            workers: processes that read ahead; 0 for threads of this one. They pay where decoding
-                is the bottleneck and there are many cores. Each imports this package, which takes
-                seconds, so the script that starts them needs a main guard.
+            workers: processes that read ahead; 0 for threads of this one. The interpreter lock
+                holds threads back at some 1,500 photographs a second, cut to 224 pixels; more of
+                them need workers and the cores for them. A worker imports this package, which takes
+                seconds, and the script that starts workers needs a main guard.
 
         Yields:
             images uint8[n, size, size, channels] and labels int32[n], n = batch_size /

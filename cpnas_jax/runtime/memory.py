@@ -1,5 +1,10 @@
 """Device memory: refusing what cannot fit before it runs."""
 
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
 from cpnas_jax import environment
 from cpnas_jax.runtime.errors import UserError
 
@@ -30,3 +35,18 @@ def check_memory(parts: dict[str, int], knobs: str) -> None:
         raise out_of_memory(
             f"it needs about {describe(parts)}, a device has {available / 2**20:.0f} MiB", knobs
         )
+
+
+@contextlib.contextmanager
+def exhaustion_explained(knobs: str) -> Iterator[None]:
+    """Turn a compiler's or allocator's report that a device's memory is exhausted into a UserError.
+
+    Raises:
+        UserError: what JAX says in one line, and the keys to lower.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise out_of_memory(str(error).splitlines()[0], knobs) from error

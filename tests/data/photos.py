@@ -1,6 +1,10 @@
-"""A small set of JPEGs of many sizes, whose labels tell the examples apart."""
+"""A small set of JPEGs of many sizes, whose labels tell the examples apart.
+
+python tests/data/photos.py DIR prepares it under DIR.
+"""
 
 import io
+import sys
 
 import numpy as np
 import stand_in
@@ -64,3 +68,7 @@ class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def prepare(data_dir, **download_options):
     """Prepare the set; return its version directory."""
     return stand_in.prepare(Photos, data_dir, **download_options)
+
+
+if __name__ == "__main__":
+    print(prepare(*sys.argv[1:]))

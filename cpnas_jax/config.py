@@ -85,6 +85,7 @@ def base_config() -> config_dict.ConfigDict:
     network.learnable_prelu = False  # PReLU with shifts for each channel (ReActNet)
 
     config.train = train = config_dict.ConfigDict()
+    train.examples = 0  # use so many of the train split, an equal share a class; 0 uses all
     train.epochs = 600  # [paper]
     train.batch_size = 128  # global, over all devices [paper]
     train.learning_rate = 1e-3  # of the child, by Adam; cosine to 0 [kin]

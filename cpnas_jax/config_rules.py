@@ -94,6 +94,7 @@ RULES = {
     "network.normalize_pools": _boolean(),
     "network.recompute": _boolean(),
     **{f"network.{lever.name}": _boolean() for lever in dataclasses.fields(Levers)},
+    "train.examples": _integer(0),
     "train.epochs": _integer(1),
     "train.batch_size": _integer(1),
     "train.learning_rate": _number(0, 1000, open_low=True),

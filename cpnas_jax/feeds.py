@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from cpnas_jax import evaluate
-from cpnas_jax.data.datasets import Split, channel_statistics, load_split
+from cpnas_jax.data.datasets import Split, channel_statistics, limit_examples, load_split
 from cpnas_jax.data.stream import Stream, open_stream, placed_ahead
 from cpnas_jax.models.network import NetworkSettings
 from cpnas_jax.runtime.errors import UserError
@@ -114,11 +114,18 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
                 "config.dataset.image_size is 0; with config.dataset.stream it must be the side "
                 "of the network's images, such as 224"
             )
+        if config.train.examples:
+            raise UserError(
+                f"config.train.examples is {config.train.examples}; with config.dataset.stream it "
+                "must be 0, as a stream is read whole"
+            )
         options = (dataset.data_dir or None, dataset.image_size)
-        train, test = (open_stream(dataset.name, name, *options) for name in ("train", split))
-        return StreamFeed(train, test, config)
+        streams = [open_stream(dataset.name, name, *options) for name in ("train", split)]
+        return StreamFeed(streams[0], streams[1], config)
     options = (dataset.data_dir or None, dataset.image_size or None)
-    return ResidentFeed(*(load_split(dataset.name, name, *options) for name in ("train", split)))
+    train, test = (load_split(dataset.name, name, *options) for name in ("train", split))
+    count = config.train.examples
+    return ResidentFeed(limit_examples(train, count, config.seed, "train.examples"), test)
 
 
 class ResidentFeed:

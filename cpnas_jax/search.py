@@ -112,7 +112,7 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
 
     dataset = config.dataset
     split = load_split(dataset.name, "train", dataset.data_dir or None, dataset.image_size or None)
-    split = limit_examples(split, config.search.examples, config.seed)
+    split = limit_examples(split, config.search.examples, config.seed, "search.examples")
     fraction = config.search.validation_fraction
     train, validation = train_validation_parts(split, fraction, config.seed)
     total = num_sampled_epochs(config.search.rounds, len(config.search.operations))

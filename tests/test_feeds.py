@@ -131,7 +131,11 @@ def test_batches_are_divided_among_the_devices_in_order(config):
     feed.close()
 
 
-def test_a_stream_without_a_size_names_the_key(config):
+def test_keys_that_a_stream_cannot_do_without_or_with(config):
     config.dataset.image_size = 0
     with pytest.raises(UserError, match=r"config\.dataset\.image_size is 0"):
+        feeds.open_feed(config)
+    config.dataset.image_size = SIZE
+    config.train.examples = 20
+    with pytest.raises(UserError, match=r"config\.train\.examples is 20; with .* must be 0"):
         feeds.open_feed(config)

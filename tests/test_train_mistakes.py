@@ -168,6 +168,7 @@ def test_no_genotype(refused, tmp_path):
         ("train.batch_size=30", "config.train.batch_size is 30; it must be a multiple of the 8"),
         ("evaluate.batch_size=9", "config.evaluate.batch_size is 9; it must be a multiple of the"),
         ("evaluate.split=dev", "has no split 'dev'; it has test, train"),
+        ("train.examples=1000", "config.train.examples=1000 is more than the 320 of cifar10"),
         ("dataset.cutout=9", "config.dataset.cutout is 9; it must be at most 8, as large as the"),
         ("network.cells=0", "config.network.cells is 0; it must be an integer, at least 1"),
         ("network.precision=int8", "config.network.precision is 'int8'; it must be one of binary"),

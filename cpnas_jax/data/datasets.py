@@ -173,13 +173,14 @@ def train_validation_parts(
     return _subset(split, order[~chosen]), _subset(split, order[chosen])
 
 
-def limit_examples(split: Split, examples: int, seed: int) -> Split:
+def limit_examples(split: Split, examples: int, seed: int, key: str) -> Split:
     """Return so many examples of a split, drawn by the seed with equal shares a class.
 
     Args:
         split: what to draw from.
         examples: how many; 0 for all.
         seed: non-negative.
+        key: of the config, for the error.
 
     Raises:
         UserError: the split has fewer.
@@ -189,7 +190,7 @@ def limit_examples(split: Split, examples: int, seed: int) -> Split:
         return split
     if examples > size:
         raise UserError(
-            f"config.search.examples={examples} is more than the {size} of {split.name}; 0 uses all"
+            f"config.{key}={examples} is more than the {size} of {split.name}; 0 uses all"
         )
     return train_validation_parts(split, examples / size, seed)[1]
 

@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(files, tmp_path_factory):
+def trained(files, compiled_once, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         assert Command(patch, files)("train", workdir) == 0
@@ -96,14 +96,16 @@ def test_a_genotype_file_with_a_mistake(refused, tmp_path, name):
 
 def test_no_genotype(refused, tmp_path):
     run = tmp_path / "run"
-    error = refused("train", run, "--config.genotype=")
-    assert "config.genotype is empty; give a genotype file" in error
-    assert "DDPNAS_XNOR_1" in error
+    for mode in ("train", "evaluate", "summary"):
+        error = refused(mode, run, "--config.genotype=")
+        assert "config.genotype is empty; give a genotype file" in error
+        assert f"there is no {run / 'genotype.json'}" in error
+        assert "DDPNAS_XNOR_1" in error
     for path, reason in ((tmp_path / "absent.json", "No such file"), (tmp_path, "Is a directory")):
         error = refused("train", run, f"--config.genotype={path}")
         assert error.startswith(f"error: {path}: cannot be read ({reason}")
         assert "give a genotype file" in error
-    assert not run.exists()
+    assert contents(run) == {}
 
 
 @pytest.mark.parametrize(
@@ -223,17 +225,17 @@ def test_the_checkpoint_of_another_network(refused, copied, name):
     assert contents(copied) == before
 
 
-def test_other_cells_than_were_trained(refused, copied):
+def test_other_cells_in_the_same_workdir(refused, copied):
     unfinished(copied)
     before = contents(copied)
     for mode in ("train", "evaluate"):
         error = refused(mode, copied, "--config.genotype=DARTS_V2")
-        assert "config.genotype has other cells than were trained in" in error
+        assert f"config.genotype has other cells than were trained in {copied / 'train'}" in error
         assert str(copied / "train/genotype.json") in error
     assert contents(copied) == before
 
 
-def test_a_parent_that_was_not_trained_has_no_evaluation(refused, copied):
+def test_the_parent_of_a_trained_child_is_not_trained_yet(refused, copied):
     error = refused("evaluate", copied, "--config.network.precision=float")
     assert f"{copied / 'parent/checkpoints'} holds no checkpoint" in error
 

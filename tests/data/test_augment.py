@@ -190,8 +190,10 @@ def test_jitter_factors_are_uniform_and_per_image():
     assert 1.39 < factors.max() <= 1.4
     counts = np.histogram(factors, 10, (0.6, 1.4))[0]
     assert 320 < counts.min() < counts.max() < 480
-    # Beyond 1 a factor would be negative.
-    assert jitter(images, 3.0, 0.0, 0.0, 0.0).min() >= 0
+    # Beyond 1 some factors would be negative, and turn bright into dark.
+    images[:, 0] = 150
+    bright, dark = np.moveaxis(jitter(images, 0.0, 3.0, 0.0, 0.0), 1, 0)
+    assert (bright >= dark).all()
 
 
 def test_jitter_is_its_four_changes_one_after_the_other():

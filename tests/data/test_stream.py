@@ -415,7 +415,8 @@ def test_batches_are_placed_ahead_on_the_devices_of_a_pmap(train):
     assert made[-1] == "closed"
 
     made.clear()
-    placed = stream.placed_ahead(batches())
+    source = batches()
+    placed = stream.placed_ahead(source)
     next(placed)
     placed.close()
     assert made[-1] == "closed"

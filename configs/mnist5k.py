@@ -52,6 +52,7 @@ def get_config(argument: str | None = None) -> config_dict.ConfigDict:
         batch_size=50,
         learning_rate=1.5e-2,  # a tenth learns half as fast here
         float_learning_rate=0.1,
+        label_smoothing=0.1,  # the parent overfits
         evaluate_every=4,
     )
     apply_argument(config, argument, default_mode="pipeline", sizes=SIZES)

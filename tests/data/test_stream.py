@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -347,7 +348,14 @@ def alive(pid):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "end",
+    [
+        # On a machine whose cores are all busy the signal was once not answered within a minute.
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
+)
 def test_workers_end_with_their_parent(root, tmp_path, end):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -358,15 +366,20 @@ def test_workers_end_with_their_parent(root, tmp_path, end):
         text=True,
         process_group=0,
     )
-    workers = json.loads(parent.stdout.readline())
-    assert len(workers) == 1
-    assert all(map(alive, workers))
-    if end == signal.SIGINT:  # a terminal sends it to all processes
-        os.killpg(parent.pid, end)
-    else:
-        parent.send_signal(end)
-    _, errors = parent.communicate(timeout=60)
-    assert gone(lambda: any(map(alive, workers)))
+    try:
+        workers = json.loads(parent.stdout.readline())
+        assert len(workers) == 1
+        assert all(map(alive, workers))
+        if end == signal.SIGINT:  # a terminal sends it to all processes
+            os.killpg(parent.pid, end)
+        else:
+            parent.send_signal(end)
+        _, errors = parent.communicate(timeout=60)
+        assert gone(lambda: any(map(alive, workers)))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.communicate()
     if end == signal.SIGINT:
         assert errors == "interrupted\n"
 

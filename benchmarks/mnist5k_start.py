@@ -22,9 +22,9 @@ FIRST_STEP = re.compile(r"First training step ([\d.]+) s after the start")
 
 
 def command(workdir: Path) -> list[str]:
-    """Return the README's run, unbuffered so that its lines can be timed."""
-    main = [sys.executable, "-u", "-m", "cpnas_jax.main", "--config=configs/mnist5k.py"]
-    return [*main, f"--workdir={workdir}"]
+    """Return the search of the README, unbuffered so that its lines can be timed."""
+    main = [sys.executable, "-u", "-m", "cpnas_jax.main"]
+    return [*main, "--config=configs/mnist5k.py:search", f"--workdir={workdir}"]
 
 
 def run(workdir: Path, environment: dict[str, str], to_the_end: bool) -> tuple[float, float]:

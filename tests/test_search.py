@@ -27,6 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
     "--config.search.examples=640",
     "--config.search.operations=('none','skip_connect','sep_conv_3x3')",
+    "--config.search.edge_policy=all",
     "--config.runtime.optimization_level=0",  # compiling takes longer than these searches
 )
 

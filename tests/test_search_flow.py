@@ -354,9 +354,13 @@ def test_programs_are_made_of_the_config_and_called_with_the_position(programs, 
     assert trained.isdisjoint({np.asarray(e.images).tobytes() for _, e, _ in scored})
 
 
+OF_TRAINING = {
+    *("genotype", "dataset.cutout", "dataset.color_jitter", "runtime.checkpoint_every"),
+    *("dataset.stream", "dataset.workers", "dataset.crop_area", "dataset.central_crop"),
+}
 OF_SEARCH = {
     key
-    for key in configs.RULED_KEYS - {"genotype", "dataset.cutout", "runtime.checkpoint_every"}
+    for key in configs.RULED_KEYS - OF_TRAINING
     if key.split(".")[0] not in ("network", "train", "evaluate")
 }
 

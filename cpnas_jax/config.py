@@ -287,6 +287,17 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
             f"config.search.reductions is {tuple(search.reductions)!r}; with "
             f"config.search.cells={search.cells} positions are 0 to {search.cells - 1}"
         )
+    for name in ("warmup_epochs", "real_weights_epochs"):
+        if config.train[name] >= config.train.epochs:
+            raise UserError(
+                f"config.train.{name} is {config.train[name]}; it must be below "
+                f"config.train.epochs={config.train.epochs}"
+            )
+    if config.network.stem == "imagenet" and config.network.channels < 2:
+        raise UserError(
+            f"config.network.channels is {config.network.channels}; with "
+            "config.network.stem=imagenet it must be at least 2"
+        )
     searched = ("search.batch_size", "search.score_batch_size")
     trained = ("train.batch_size", "evaluate.batch_size")
     used = {"search": searched, "train": trained, "evaluate": trained, "summary": ()}

@@ -47,7 +47,9 @@ def evaluate_mode(
     """Count the answers of a trained network over a split; see `evaluate_network`."""
     genotype = resolve_genotype(config, workdir)
     with Workdir(workdir) as directory:
-        directory.refuse_other(deciding_keys(config, "train"))
+        keys = deciding_keys(config, "train")
+        del keys["evaluate.split"]
+        directory.refuse_other(keys)
         binary = config.network.precision == "binary"
         check_trained(config, directory, binary=binary)
         evaluate_network(config, directory, reporter, genotype, open_feed(config), binary=binary)
@@ -90,11 +92,11 @@ def evaluate_network(
     settings = network_settings(config, genotype, feed.facts.num_classes, binary=binary)
     trainer = Trainer(config, settings, feed)
     with Checkpoints(path, config.runtime.keep_checkpoints) as checkpoints:
-        found = checkpoints.restore_newest(trainer.initial_state())
+        found = checkpoints.restore_newest(
+            trainer.initial_state(), training_hash(config, genotype, binary=binary)
+        )
     if found is None:
         raise UserError(f"{path} holds no checkpoint; train first")
-    if found.record["config_hash"] != training_hash(config, genotype, binary=binary):
-        raise UserError(f"the checkpoints in {path} are of another config; use its config")
     trainer.load(found.state)
     counted = trainer.evaluate()
     names = feed.facts.class_names

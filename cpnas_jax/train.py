@@ -46,6 +46,11 @@ def resolve_genotype(config: config_dict.ConfigDict, workdir: str | os.PathLike[
     name = config.genotype
     if name in NAMES:
         return named_genotype(name)
+    if name and not user_path("config.genotype", name).exists():
+        raise UserError(
+            f"config.genotype is {name!r}, which is no file; give a genotype file or one of "
+            f"{', '.join(NAMES)}"
+        )
     own = user_path("--workdir", workdir) / "genotype.json"
     if not name and not own.exists():
         raise UserError(
@@ -87,6 +92,8 @@ def training_hash(config: config_dict.ConfigDict, genotype: Genotype, *, binary:
     """Return the digits that name what decides a training, the cells among it."""
     precision = "binary" if binary else "float"
     keys = {**deciding_keys(config, "train"), "network.precision": precision}
+    # What is evaluated on the way does not decide the weights: they answer for any split.
+    del keys["evaluate.split"]
     return keys_hash({**keys, "genotype": _cells(genotype)})
 
 
@@ -122,6 +129,11 @@ def finished(
     results = (directory.read_json("results.json") or {}).get(name)
     if results is None:
         return False
+    if not isinstance(results, dict):
+        raise UserError(
+            f"{directory.path / 'results.json'} is damaged ({name!r} is no object); restore it or "
+            "use another --workdir"
+        )
     if results.get("config_hash") != training_hash(config, genotype, binary=binary):
         raise UserError(
             f"{directory.path / 'results.json'} has the results of another config's training; "
@@ -208,16 +220,10 @@ class _Run:
         """Take up the newest checkpoint, or begin with fresh weights.
 
         Raises:
-            UserError: the checkpoint is another config's.
+            UserError: the checkpoint is another config's, or none can be read.
         """
         state = self.trainer.initial_state()
-        found = self.last.restore_newest(state)
-        if found is not None and found.record["config_hash"] != self.hash:
-            raise UserError(
-                f"the checkpoints in {self.directory.path / self.name} are not of this config "
-                f"(config_hash {found.record['config_hash']!r}, here {self.hash!r}); use another "
-                "--workdir"
-            )
+        found = self.last.restore_newest(state, self.hash)
         changes = self.directory.claim(flatten(self.config), environment.record())
         if changes:
             self.reporter.say(
@@ -233,9 +239,12 @@ class _Run:
             self.best_epoch = found.record["best_epoch"]
             # One that was saved after the newest checkpoint will be saved again, bit by bit.
             self.best.forget_above(self.position.epoch)
+            epochs = self.config.train.epochs
             self.reporter.say(
-                f"Resumed in epoch {self.position.epoch + 1} of {self.config.train.epochs}, after "
-                f"step {self.position.step}."
+                f"Resumed in epoch {self.position.epoch + 1} of {epochs}, after step "
+                f"{self.position.step}."
+                if self.position.epoch < epochs
+                else f"Resumed after the last of {epochs} epochs."
             )
         self.history = History(self.directory.path / self.name / "metrics.jsonl", lines)
         self.trainer.load(state)

@@ -110,7 +110,8 @@ def make_batch_step(
     """Return (state, images f32[n, H, W, C], labels int32[n], key) -> (state, metrics).
 
     To be called inside a function that is pmapped over `AXIS`. Metrics are means over the global
-    batch: `loss`, the `LOSS_TERMS`, `accuracy`.
+    batch: `loss`, the `LOSS_TERMS`, `accuracy`; and `finite`, bool[], whether the loss and every
+    gradient are.
     """
     loss, operations = settings.loss, settings.network.operations
     network = Network(settings.network)
@@ -185,6 +186,9 @@ def make_batch_step(
         gradients, metrics, stats, parent_stats = lax.pmean(
             (gradients, metrics, stats, parent_stats), AXIS
         )
+        # A finite loss may have a gradient that is not: the weights after it would be saved.
+        checked = [metrics["loss"], *jax.tree.leaves(gradients)]
+        metrics["finite"] = jnp.stack([jnp.isfinite(leaf).all() for leaf in checked]).all()
         params, optimizer_state = train_optimizer.update(
             optimizer, gradients["child"], state.optimizer, state.params
         )
@@ -251,8 +255,8 @@ def make_resident_call(
 ) -> Callable[[TrainState, Examples, TrainCall], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the function of one device that runs several steps on data it holds; to be pmapped.
 
-    Metrics are sums over the steps, and `bad_step`, the first step of the epoch whose loss was not
-    finite, or -1.
+    Metrics are sums over the steps, and `bad_step`, the first step of the epoch whose loss or
+    gradient, or the sum of a metric up to it, was not finite, or -1.
     """
     per_device = settings.batch_size // settings.num_devices
 
@@ -280,9 +284,9 @@ def make_resident_call(
             state, sums = carry
             number = call.first_step + offset
             new, metrics = one(number, state)
-            bad = ~jnp.isfinite(metrics["loss"])
             failed = sums["bad_step"] >= 0
             totals = {name: sums[name] + metrics[name] for name in names}
+            bad = ~metrics["finite"] | ~jnp.isfinite(jnp.stack(list(totals.values()))).all()
             totals["bad_step"] = jnp.where(~failed & bad, number, sums["bad_step"])
             return new, totals
 
@@ -308,7 +312,7 @@ def make_stream_call(
         augment_key, drop_key = jax.random.split(step_key(key, call.epoch, call.first_step, device))
         images = _augmented(settings, augment_key, batch.images, batch.mean, batch.std)
         state, metrics = batch_step(state, images, batch.labels, drop_key)
-        bad = ~jnp.isfinite(metrics["loss"])
-        return state, {**metrics, "bad_step": jnp.where(bad, call.first_step, -1)}
+        bad_step = jnp.where(metrics.pop("finite"), -1, call.first_step)
+        return state, {**metrics, "bad_step": bad_step}
 
     return call_step

@@ -305,7 +305,7 @@ class Trainer:
         """Run some steps of an epoch and add their metrics to `sums`.
 
         Raises:
-            UserError: the loss is not finite; nothing saved is lost.
+            UserError: the loss or its gradient is not finite; nothing saved is lost.
         """
         before = time.monotonic()
         call = TrainCall(
@@ -321,7 +321,8 @@ class Trainer:
         if int(host["bad_step"]) >= 0:
             key = "learning_rate" if self._settings.binary else "float_learning_rate"
             raise UserError(
-                f"the loss is not finite in step {int(host['bad_step']) + 1} of epoch {epoch + 1}; "
+                "the loss or its gradient is not finite in step "
+                f"{int(host['bad_step']) + 1} of epoch {epoch + 1}; "
                 f"the checkpoints are kept. Try a smaller config.train.{key} in a new workdir"
             )
         values = {name: float(host[name]) for name in ("loss", *LOSS_TERMS, "accuracy")}

@@ -294,7 +294,9 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(config):
     trainer._programs["train", False] = program
     with pytest.raises(UserError) as caught:
         trainer.train(0, 0, 3, EpochSums())
-    assert str(caught.value).startswith("the loss is not finite in step 2 of epoch 1;")
+    assert str(caught.value).startswith(
+        "the loss or its gradient is not finite in step 2 of epoch 1;"
+    )
     assert "config.train.learning_rate" in str(caught.value)
 
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import stand_in
@@ -21,6 +22,7 @@ from genotype_mistakes import MISTAKES, edge
 from small_training import GENOTYPE, Command
 
 from cpnas_jax.data.mnist5k import OfflineInfo
+from cpnas_jax.models import losses
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -99,13 +101,14 @@ def test_no_genotype(refused, tmp_path):
     for mode in ("train", "evaluate", "summary"):
         error = refused(mode, run, "--config.genotype=")
         assert "config.genotype is empty; give a genotype file" in error
-        assert f"there is no {run / 'genotype.json'}" in error
         assert "DDPNAS_XNOR_1" in error
-    for path, reason in ((tmp_path / "absent.json", "No such file"), (tmp_path, "Is a directory")):
-        error = refused("train", run, f"--config.genotype={path}")
-        assert error.startswith(f"error: {path}: cannot be read ({reason}")
-        assert "give a genotype file" in error
-    assert contents(run) == {}
+    for name in (tmp_path / "absent.json", "DARTS_V3"):
+        error = refused("train", run, f"--config.genotype={name}")
+        assert f"config.genotype is '{name}', which is no file; give a genotype file" in error
+        assert "DARTS_V2" in error
+    error = refused("train", run, f"--config.genotype={tmp_path}")
+    assert error.startswith(f"error: {tmp_path}: cannot be read (Is a directory); give a genotype")
+    assert not run.exists()
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,11 @@ def test_no_genotype(refused, tmp_path):
         ("evaluate.split=dev", "has no split 'dev'; it has test, train"),
         ("train.examples=1000", "config.train.examples=1000 is more than the 320 of cifar10"),
         ("dataset.cutout=9", "config.dataset.cutout is 9; it must be at most 8, as large as the"),
+        (
+            "train.warmup_epochs=2",
+            "config.train.warmup_epochs is 2; it must be below config.train.e",
+        ),
+        ("train.real_weights_epochs=5", "config.train.real_weights_epochs is 5; it must be below"),
         ("network.cells=0", "config.network.cells is 0; it must be an integer, at least 1"),
         ("network.precision=int8", "config.network.precision is 'int8'; it must be one of binary"),
         ("train.learning_rate=nan", "config.train.learning_rate is nan"),
@@ -252,8 +260,7 @@ def test_another_network_without_its_config(refused, copied, tmp_path):
     for argument in ("network.channels=8", f"genotype={pools}"):
         for mode in ("train", "evaluate"):
             error = refused(mode, copied, f"--config.{argument}")
-            assert "checkpoint" in error
-            assert str(copied / "train") in error
+            assert f"the checkpoints in {copied / 'train/checkpoints'} are not of this" in error
     assert contents(copied) == before
 
 
@@ -310,6 +317,7 @@ def test_the_newest_checkpoint_is_cut(command, trained, copied, caplog):
         ("config.json", '{"config": 3}'),
         ("results.json", "{"),
         ("results.json", "[]"),
+        ("results.json", '{"train": 3}'),
     ],
 )
 def test_a_damaged_file_of_the_workdir(refused, copied, name, content):
@@ -329,7 +337,9 @@ def test_a_loss_that_is_not_finite(refused, tmp_path):
         "--config.runtime.keep_checkpoints=50",
     )
     error = refused("train", tmp_path / "run", *arguments)
-    found = re.match(r"error: the loss is not finite in step (\d+) of epoch 1;", error)
+    found = re.match(
+        r"error: the loss or its gradient is not finite in step (\d+) of epoch 1;", error
+    )
     assert found is not None
     assert "the checkpoints are kept" in error
     assert "config.train.float_learning_rate" in error
@@ -338,3 +348,30 @@ def test_a_loss_that_is_not_finite(refused, tmp_path):
     assert numbers == set(range(1, int(found[1])))
     assert refused("train", tmp_path / "run", *arguments) == error
     assert contents(tmp_path / "run") == kept
+
+
+def test_a_gradient_that_is_not_finite(refused, tmp_path, monkeypatch):
+    """Of a finite loss: the step itself is named, and what it made of the weights is not saved."""
+    monkeypatch.setattr(losses, "center", lambda features, *_: jnp.sqrt(jnp.sum(features * 0)))
+    arguments = ("--config.train.center_weight=1e-3", "--config.runtime.checkpoint_every=1")
+    error = refused("train", tmp_path / "run", *arguments)
+    assert "not finite in step 1 of epoch 1;" in error
+    assert list((tmp_path / "run/train/checkpoints").iterdir()) == []
+
+
+def test_another_split_is_evaluated_with_the_same_checkpoint(command, copied):
+    assert command("evaluate", copied, "--config.evaluate.split=train") == 0
+    value = json.loads((copied / "train/evaluation.json").read_text())
+    assert (value["split"], value["examples"]) == ("train", 320)
+
+
+def test_a_stem_without_channels(refused, tmp_path):
+    arguments = ("--config.network.stem=imagenet", "--config.network.channels=1")
+    error = refused("summary", tmp_path / "run", *arguments)
+    assert "config.network.channels is 1; with config.network.stem=imagenet it must be at" in error
+
+
+def test_all_epochs_are_done_but_not_the_results(command, copied, capsys):
+    unfinished(copied)
+    assert command("train", copied) == 0
+    assert "Resumed after the last of 2 epochs." in capsys.readouterr().out

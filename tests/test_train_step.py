@@ -48,6 +48,7 @@ def counting_step(losses):
         loss = jnp.asarray(losses, jnp.float32)[number]
         agree = jnp.all(images[:, 0, 0, 0] == labels.astype(jnp.float32))
         metrics |= {"loss": loss, "accuracy": agree.astype(jnp.float32)}
+        metrics["finite"] = jnp.isfinite(loss)
         return (number + 1, seen.at[number].set(labels)), metrics
 
     return step
@@ -76,6 +77,8 @@ def start():
         ((1, np.nan, np.nan), 1),
         ((np.inf, 2, np.nan), 0),
         ((1, 2, -np.inf), 2),
+        # Finite each, but not their sum.
+        ((3e38, 3e38, 1), 1),
     ],
 )
 def test_the_first_step_without_a_finite_loss_is_told(losses, bad):

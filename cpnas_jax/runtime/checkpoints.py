@@ -127,7 +127,7 @@ class Checkpoints:
         if not saved:
             raise ValueError(f"step {step} is not above the newest checkpoint")
 
-    def restore_newest(self, like: Any) -> Restored | None:
+    def restore_newest(self, like: Any, config_hash: str | None = None) -> Restored | None:
         """Read the newest checkpoint that is whole; None where there is none at all.
 
         A damaged one is passed over with a warning that names it, and put aside under another
@@ -135,17 +135,21 @@ class Checkpoints:
 
         Args:
             like: tree of arrays with the structure, shapes and dtypes of what was saved.
+            config_hash: what the records must hold under this name, if given.
 
         Raises:
-            UserError: there are checkpoints, but none of them can be used.
+            UserError: there are checkpoints, but they are of another config, or none of them can
+                be used.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         reason, damaged = "", list[int]()
         for step in steps:
             try:
-                restored = self._restore(step, like)
+                restored = self._restore(step, like, config_hash)
                 self._put_aside(damaged)
                 return restored
+            except UserError:
+                raise
             # Damage shows in as many ways as there are layers below: any of them means the same.
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
@@ -175,7 +179,22 @@ class Checkpoints:
         if steps:
             self._manager.reload()
 
-    def _restore(self, step: int, like: Any) -> Restored:
+    def _record(self, step: int, config_hash: str | None) -> tuple[dict[str, Any], str]:
+        """Return the record and the arrays' digest; before the arrays, whose shapes it explains."""
+        found = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+        record, digests = found["record"]["record"], found["record"]
+        if _record_digest(record) != digests["record_digest"]:
+            raise ValueError("its record does not have the digest that was saved")
+        if config_hash is not None and record["config_hash"] != config_hash:
+            raise UserError(
+                f"the checkpoints in {self._directory} are not of this config (config_hash "
+                f"{record['config_hash']!r}, here {config_hash!r}); use its config or another "
+                "--workdir"
+            )
+        return record, digests["digest"]
+
+    def _restore(self, step: int, like: Any, config_hash: str | None) -> Restored:
+        record, expected = self._record(step, config_hash)
         leaves, structure = jax.tree.flatten(like)
         template = {
             f"leaf{i:05d}": np.zeros(np.shape(leaf), np.asarray(leaf).dtype)
@@ -183,12 +202,9 @@ class Checkpoints:
         }
         found = self._manager.restore(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(template)),
         )
         state = jax.tree.unflatten(structure, [np.asarray(found["state"][k]) for k in template])
-        expected = found["record"]["digest"]
         if digest(state) != expected:
             raise ValueError(f"its arrays do not have the digest {expected} that was saved")
         # Orbax takes the stored shapes, whatever the template says.
@@ -198,9 +214,6 @@ class Checkpoints:
                     f"an array has the shape {leaf.shape}, not {template[name].shape}; "
                     "another version of cpnas_jax may have written it"
                 )
-        record = found["record"]["record"]
-        if _record_digest(record) != found["record"]["record_digest"]:
-            raise ValueError("its record does not have the digest that was saved")
         return Restored(step, state, record)
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 
 import jax
 import numpy as np
@@ -339,9 +339,16 @@ def _local_batch(batch_size: int, process_index: int, process_count: int) -> int
 def _joined(parts: Parts, workers: int) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """Give whole batches out of their parts."""
     with contextlib.closing(read_ahead(parts, workers)) as read:
-        while batch := list(itertools.islice(read, parts.parts_per_batch)):
-            images, labels = zip(*batch, strict=True)
-            yield np.concatenate(images), np.concatenate(labels)
+        for _ in range(len(parts) // parts.parts_per_batch):
+            yield _concatenated(itertools.islice(read, parts.parts_per_batch))
+
+
+def _concatenated(
+    parts: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return parts as one; in a function, because a part may hold shared memory while it lives."""
+    images, labels = zip(*parts, strict=True)
+    return np.concatenate(images), np.concatenate(labels)
 
 
 def _with_mask(

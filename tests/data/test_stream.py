@@ -307,6 +307,20 @@ def test_worker_processes_give_the_same_and_end(train):
     assert gone(multiprocessing.active_children)
 
 
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="looks for shared memory in /dev/shm")
+def test_workers_leave_no_shared_memory(train):
+    before = set(os.listdir("/dev/shm"))
+
+    def left():
+        return [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")]
+
+    batches = training(train, epochs=1000, workers=1)
+    next(batches)
+    assert left()
+    batches.close()
+    assert gone(left)
+
+
 def test_worker_that_is_killed(train):
     batches = training(train, epochs=1000, workers=1)
     next(batches)

@@ -8,7 +8,6 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator
 from typing import Any
@@ -155,11 +154,6 @@ def read_ahead(parts: Parts, workers: int) -> Generator[tuple[np.ndarray, np.nda
         if not flags.FLAGS.is_parsed():
             # grain reads a flag of its own, also where no command line was parsed.
             flags.FLAGS.mark_as_parsed()
-        # Pixels come through pipes: of what grain has in shared memory when it is closed it leaves
-        # some there till the end, with a warning, and containers often have only 64 MB of it.
-        dataset = grain.experimental.WithOptionsIterDataset(
-            dataset, grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-        )
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=workers, per_worker_buffer_size=-(-ahead // workers)
@@ -174,7 +168,8 @@ def read_ahead(parts: Parts, workers: int) -> Generator[tuple[np.ndarray, np.nda
             raise
         raise UserError(
             f"a process that reads {parts.reader.directory} ahead died "
-            f"({records.one_line(error)}); if it ran out of memory, lower the number of workers"
+            f"({records.one_line(error)}); if it ran out of memory (code -9) or of shared memory "
+            "in /dev/shm (code -7), lower the number of workers"
         ) from error
     finally:
         iterator.close()

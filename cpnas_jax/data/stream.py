@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 
 import jax
 import numpy as np
@@ -78,10 +78,9 @@ class Stream:
             epochs: how many epochs to go through; worker processes stay for all of them.
             area: smallest and largest share of an image's area that is cut out at random.
             ratio: smallest and largest width / height of what is cut out.
-            workers: processes that read ahead; 0 for threads of this one. The interpreter lock
-                holds threads back at some 1,500 photographs a second, cut to 224 pixels; more of
-                them need workers and the cores for them. A worker imports this package, which takes
-                seconds, and the script that starts workers needs a main guard.
+            workers: processes that read ahead; 0 for threads of this one, which the interpreter
+                lock holds back where there are many cores. A worker imports this package, which
+                takes seconds, and the script that starts workers needs a main guard.
 
         Yields:
             images uint8[n, size, size, channels] and labels int32[n], n = batch_size /
@@ -339,9 +338,16 @@ def _local_batch(batch_size: int, process_index: int, process_count: int) -> int
 def _joined(parts: Parts, workers: int) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """Give whole batches out of their parts."""
     with contextlib.closing(read_ahead(parts, workers)) as read:
-        while batch := list(itertools.islice(read, parts.parts_per_batch)):
-            images, labels = zip(*batch, strict=True)
-            yield np.concatenate(images), np.concatenate(labels)
+        for _ in range(len(parts) // parts.parts_per_batch):
+            yield _concatenated(itertools.islice(read, parts.parts_per_batch))
+
+
+def _concatenated(
+    parts: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return parts as one; in a function, because a part may hold shared memory while it lives."""
+    images, labels = zip(*parts, strict=True)
+    return np.concatenate(images), np.concatenate(labels)
 
 
 def _with_mask(

@@ -1,27 +1,17 @@
-import contextlib
 import itertools
-import json
 import multiprocessing
 import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
 
 import jax
 import numpy as np
 import photos
 import pytest
+from stream_cases import BATCH, SIZE, STEPS, assert_same, evaluation, gone, refusal, training
 
 from cpnas_jax.data import datasets, records, stream
-from cpnas_jax.runtime.errors import UserError
-
-SIZE = 24
-BATCH = 12
-STEPS = photos.TRAIN // BATCH
 
 
 @pytest.fixture(scope="module")
@@ -39,32 +29,6 @@ def train(root):
 @pytest.fixture(scope="module")
 def validation(root):
     return stream.open_stream("photos", "validation", root, SIZE)
-
-
-def training(opened, **changes):
-    defaults = {
-        "seed": 3,
-        "epoch": 0,
-        "first_step": 0,
-        "batch_size": BATCH,
-        "process_index": 0,
-        "process_count": 1,
-    }
-    return opened.training_batches(**(defaults | changes))
-
-
-def evaluation(opened, **changes):
-    defaults = {"batch_size": 8, "process_index": 0, "process_count": 1}
-    return opened.evaluation_batches(**(defaults | changes))
-
-
-def assert_same(found, expected):
-    found, expected = list(found), list(expected)
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        for array, wanted in zip(one, other, strict=True):
-            assert array.dtype == wanted.dtype
-            np.testing.assert_array_equal(array, wanted)
 
 
 class Watched:
@@ -208,14 +172,6 @@ def test_numbers_that_do_not_fit(train, wrong):
         next(training(train, **wrong))
 
 
-def refusal(action):
-    with pytest.raises(UserError) as error:
-        action()
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
 def test_sizes_that_cannot_be(root):
     message = refusal(lambda: stream.open_stream("photos", "train", root))
     assert "config.dataset.image_size" in message
@@ -271,117 +227,12 @@ def test_set_that_has_to_be_downloaded_by_hand(tmp_path, name):
         assert "ILSVRC2012_img_train.tar" in message
 
 
-def threads_of_grain():
-    return [thread for thread in threading.enumerate() if "grain" in thread.name]
-
-
-def gone(condition):
-    deadline = time.monotonic() + 10
-    while condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return not condition()
-
-
-def test_a_closed_generator_leaves_no_thread(train):
-    batches = training(train)
-    next(batches)
-    assert threads_of_grain()
-    batches.close()
-    assert gone(threads_of_grain)
-
-
 def test_batches_are_read_before_they_are_asked_for(root, watched):
     opened, source = watched("photos", "train", root, SIZE)
     batches = training(opened)
     next(batches)
     assert gone(lambda: len(source.rows) < 3 * BATCH)
     batches.close()
-
-
-def test_worker_processes_give_the_same_and_end(train):
-    expected = list(training(train, epochs=2, first_step=1))
-    batches = training(train, epochs=2, first_step=1, workers=2)
-    assert_same([next(batches) for _ in range(3)], expected[:3])
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    assert_same(batches, expected[3:])
-    assert gone(multiprocessing.active_children)
-
-
-def test_worker_that_is_killed(train):
-    batches = training(train, epochs=1000, workers=1)
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
-    message = refusal(lambda: list(batches))
-    assert "-9" in message
-    assert "workers" in message
-
-
-SCRIPT = """
-import json, multiprocessing, sys
-from cpnas_jax.data import stream
-
-def main():
-    opened = stream.open_stream("photos", "train", sys.argv[1], 24)
-    batches = opened.training_batches(seed=0, epoch=0, first_step=0, batch_size=12,
-                                      process_index=0, process_count=1, epochs=100000, workers=1)
-    next(batches)
-    print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
-    try:
-        for _ in batches:
-            pass
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-
-if __name__ == "__main__":
-    main()
-"""
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
-@pytest.mark.parametrize(
-    "end",
-    [
-        # On a machine whose cores are all busy the signal was once not answered within a minute.
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-        signal.SIGKILL,
-    ],
-)
-def test_workers_end_with_their_parent(root, tmp_path, end):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    parent = subprocess.Popen(
-        [sys.executable, script, root],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
-    try:
-        workers = json.loads(parent.stdout.readline())
-        assert len(workers) == 1
-        assert all(map(alive, workers))
-        if end == signal.SIGINT:  # a terminal sends it to all processes
-            os.killpg(parent.pid, end)
-        else:
-            parent.send_signal(end)
-        _, errors = parent.communicate(timeout=60)
-        assert gone(lambda: any(map(alive, workers)))
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(parent.pid, signal.SIGKILL)
-        parent.communicate()
-    if end == signal.SIGINT:
-        assert errors == "interrupted\n"
 
 
 def test_more_files_than_a_process_may_have_open(tmp_path):

@@ -20,11 +20,9 @@ A table, then one JSON object as the last line. `ratio_general_to_specialised` a
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import sys
 import tempfile
 import time
@@ -32,14 +30,22 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_forms import (
-    OPTIMIZER,
+from harness import (
+    PAUSE,
     Program,
     Torch,
     compile_program,
+    machine_facts,
+    named_arrays,
+    progress,
+    relative,
+    spread,
+    spread_text,
+)
+from step_forms import (
+    OPTIMIZER,
     edge_group,
     general_step,
-    num_cores,
     sampled_names,
     sampled_params,
     specialised_rule,
@@ -56,9 +62,6 @@ from cpnas_jax.path_optimizer import PathOptimizer
 MODELS = ("child", "parent")
 FORMS = ("general", "specialised", "pytorch")
 NUM_CLASSES = 10
-PAUSE = 0.05
-"""Seconds between steps, for the threads of the form before to fall asleep."""
-
 LOSS_TOLERANCE = 1e-4
 NORM_TOLERANCE = 1e-2
 """Of the gradient's norm: in the child a rounding error can flip a sign."""
@@ -115,7 +118,7 @@ class Benchmark:
         self.optimizer = PathOptimizer(OPTIMIZER)
         self.batch = (jnp.asarray(self.images), jnp.asarray(self.labels))
         self.general = compile_program(
-            general_step(self.settings, self.optimizer),
+            jax.jit(general_step(self.settings, self.optimizer), donate_argnums=(0,)),
             self._general_state(),
             *self.batch,
             *self._general_inputs(0, 0, "child"),
@@ -137,17 +140,15 @@ class Benchmark:
         """Compile the specialised programs of an architecture; give its weights to PyTorch."""
         architecture = self.architectures[k]
         chosen = sampled_params(self.params, architecture, self.settings)
-        named = {
-            jax.tree_util.keystr(path, simple=True, separator="."): leaf
-            for path, leaf in jax.tree_util.tree_flatten_with_path(chosen)[0]
-        }
         path = str(pathlib.Path(directory) / f"weights{k}.npz")
-        np.savez(path, images=self.images, labels=self.labels, **named)
+        np.savez(path, images=self.images, labels=self.labels, **named_arrays(chosen))
         for model in MODELS:
             binary = model == "child"
             params = jax.tree.map(jnp.array, chosen)
             state = (params, specialised_rule().init(params))
-            step = specialised_step(self.settings, architecture, binary)
+            step = jax.jit(
+                specialised_step(self.settings, architecture, binary), donate_argnums=(0,)
+            )
             self.programs[k, model] = compile_program(step, state, *self.batch)
             self.states["specialised", k, model] = state
             self.torch.ask(
@@ -168,7 +169,8 @@ class Benchmark:
         for shape in supernet.cell_shapes(self.settings):
             names = sampled_names(architecture, shape.kind)
             edges = [
-                (e, *EDGES[e], edge_group(shape.kind, e)[2], names[e]) for e in range(NUM_EDGES)
+                (f"edges.{e}", *EDGES[e], edge_group(shape.kind, e)[2], names[e])
+                for e in range(NUM_EDGES)
             ]
             cells.append({**dataclasses.asdict(shape), "edges": edges})
         return cells
@@ -186,9 +188,9 @@ class Benchmark:
             second = {form: self.step(form, k, model) for form in FORMS}
             for form in FORMS[1:]:
                 differences[f"{model} {form}"] = {
-                    "loss": relative(first, form, "loss"),
-                    "gradient_norm": relative(first, form, "gradient_norm"),
-                    "loss_after_update": relative(second, form, "loss"),
+                    "loss": difference(first, form, "loss"),
+                    "gradient_norm": difference(first, form, "gradient_norm"),
+                    "loss_after_update": difference(second, form, "loss"),
                 }
         progress(f"architecture {k} relative differences to general: {differences}")
         for name, found in differences.items():
@@ -214,8 +216,9 @@ class Benchmark:
             self.counts[model] += 1
         else:
             program, arguments = self.programs[k, model], self.batch
-        self.states[key], measured = program.step(self.states[key], *arguments)
-        return measured
+        seconds, (state, loss, norm) = program.step(self.states[key], *arguments)
+        self.states[key] = state
+        return {"seconds": seconds, "loss": float(loss), "gradient_norm": float(norm)}
 
     def measure(self) -> np.ndarray:
         """Return seconds, f[repeats, architectures, models, forms]."""
@@ -226,26 +229,9 @@ class Benchmark:
         return seconds
 
 
-def relative(results: dict, form: str, key: str) -> float:
+def difference(results: dict, form: str, key: str) -> float:
     """Return how far a form is from the general one."""
-    reference = results["general"][key]
-    return abs(results[form][key] - reference) / abs(reference)
-
-
-def progress(text: str) -> None:
-    """Tell the terminal what is done."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def spread(values) -> dict:
-    """Return least, median, largest and number of some measurements."""
-    values = np.ravel(values)
-    return {
-        "min": round(float(values.min()), 4),
-        "median": round(float(np.median(values)), 4),
-        "max": round(float(values.max()), 4),
-        "n": int(values.size),
-    }
+    return relative(results[form][key], results["general"][key])
 
 
 def step_ratios(seconds: np.ndarray, form: str) -> dict:
@@ -257,21 +243,9 @@ def step_ratios(seconds: np.ndarray, form: str) -> dict:
     return ratios
 
 
-def machine_facts(torch: Torch) -> dict:
-    """Return what the figures depend on."""
-    with open("/proc/cpuinfo") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return {
-        "cores": num_cores(),
-        "processor": names[0] if names else platform.processor(),
-        "backend": jax.default_backend(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        **torch.facts,
-    }
-
-
-def summarise(benchmark: Benchmark, seconds: np.ndarray, differences: list[dict]) -> dict:
+def summarise(
+    benchmark: Benchmark, seconds: np.ndarray, differences: list[dict], load_before: float
+) -> dict:
     """Return the JSON object."""
     flags, programs = benchmark.flags, benchmark.programs
     to_specialised = step_ratios(seconds, "specialised")
@@ -315,7 +289,7 @@ def summarise(benchmark: Benchmark, seconds: np.ndarray, differences: list[dict]
         "differences_to_general": differences,
         "architectures": [a.tolist() for a in benchmark.architectures],
         "sizes": {key: value for key, value in vars(flags).items() if key != "torch_python"},
-        "machine": machine_facts(benchmark.torch),
+        "machine": machine_facts(benchmark.torch, load_before),
     }
 
 
@@ -325,7 +299,7 @@ def print_table(benchmark: Benchmark, result: dict) -> None:
     print(header + f"{'temporary MiB (gen/spec)':>27}")
 
     def cell(found: dict) -> str:
-        return f"{found['median']:.3f} [{found['min']:.3f}, {found['max']:.3f}]".rjust(24)
+        return spread_text(found).rjust(24)
 
     mebibytes = benchmark.general.facts["temporary_bytes"] / 2**20
     for k in range(benchmark.flags.architectures):
@@ -355,8 +329,8 @@ def main() -> None:
     """Check, measure, print."""
     flags = parse_flags()
     jax.config.update("jax_enable_compilation_cache", False)
-    load_before = os.getloadavg()
-    torch = Torch(flags.torch_python)
+    load_before = os.getloadavg()[0]
+    torch = Torch(flags.torch_python, "torch_supernet.py")
     benchmark = Benchmark(flags, torch)
     differences = []
     with tempfile.TemporaryDirectory() as directory:
@@ -364,8 +338,7 @@ def main() -> None:
             benchmark.load(k, directory)
             differences.append(benchmark.check(k))
     seconds = benchmark.measure()
-    result = summarise(benchmark, seconds, differences)
-    result["machine"]["load_average"] = {"before": load_before[0], "after": os.getloadavg()[0]}
+    result = summarise(benchmark, seconds, differences, load_before)
     torch.close()
     print_table(benchmark, result)
     print(json.dumps(result))

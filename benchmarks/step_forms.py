@@ -1,12 +1,5 @@
 """The forms of a training step that `search_step.py` compares."""
 
-import dataclasses
-import json
-import os
-import pathlib
-import subprocess
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,42 +21,6 @@ OPTIMIZER = OptimizerSettings(
     gradient_clip=5.0,
     total_steps=100_000,
 )
-
-
-class Torch:
-    """The PyTorch worker: one line there, one line back."""
-
-    def __init__(self, python: str) -> None:
-        script = pathlib.Path(__file__).with_name("torch_supernet.py")
-        self._process = subprocess.Popen(
-            [python, str(script), str(num_cores())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.facts = self._answer()
-
-    def ask(self, **request) -> dict:
-        """Send a request and wait for its answer."""
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """End the worker."""
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-    def _answer(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("the PyTorch worker ended; --torch-python names a Python with PyTorch")
-        return json.loads(line)
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def edge_group(kind: str, edge: int) -> tuple[str, int, int]:
@@ -119,38 +76,6 @@ def specialised_logits(params, images, architecture, settings, binary: bool):
         previous, current = current, jnp.concatenate(nodes[NUM_INPUTS:], axis=-1)
     features = jnp.mean(current, axis=(1, 2))
     return jnp.dot(features, params["classifier"]["kernel"]) + params["classifier"]["bias"][None]
-
-
-@dataclasses.dataclass
-class Program:
-    """A compiled step with its state; calling it moves the state on."""
-
-    compiled: jax.stages.Compiled
-    facts: dict
-
-    def step(self, state, *arguments):
-        """Return the new state and what was measured."""
-        start = time.perf_counter()
-        state, loss, norm = jax.block_until_ready(self.compiled(state, *arguments))
-        seconds = time.perf_counter() - start
-        return state, {"seconds": seconds, "loss": float(loss), "gradient_norm": float(norm)}
-
-
-def compile_program(function, *arguments) -> Program:
-    """Compile with the state donated; keep the times and XLA's account of memory."""
-    start = time.perf_counter()
-    lowered = jax.jit(function, donate_argnums=(0,)).lower(*arguments)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    end = time.perf_counter()
-    memory = compiled.memory_analysis()
-    facts = {
-        "trace_seconds": traced - start,
-        "compile_seconds": end - traced,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-    }
-    return Program(compiled, facts)
 
 
 def general_step(settings: supernet.SupernetSettings, optimizer: PathOptimizer):

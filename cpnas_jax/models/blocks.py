@@ -57,7 +57,7 @@ class OperationSettings:
 
     Attributes:
         binarizer: how the child is binarized.
-        formulation: `auto`, `native` or `shifted`, see `models.layers`.
+        formulation: one of `layers.FORMULATIONS`.
         separable_repeats: how often `sep_conv` applies its unit: 2 as in DARTS, or 1 as figure 4.8
             draws it.
         binary_preprocess: whether the child's 1x1 preprocessing is 1-bit too.

@@ -107,9 +107,9 @@ def agree(got, expected, atol=2e-5):
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("k", [3, 5])
-@pytest.mark.parametrize("size", [(6, 6), (7, 4)])
-def test_depthwise_value_and_gradients(size, k, stride, dilation):
-    x, kernel = random((2, *size, 3)), random((k, k, 3), seed=1)
+@pytest.mark.parametrize(("images", "size"), [(12, (6, 6)), (11, (7, 4))])
+def test_depthwise_value_and_gradients(images, size, k, stride, dilation):
+    x, kernel = random((images, *size, 3)), random((k, k, 3), seed=1)
     runs = {}
     for form in FORMS:
 
@@ -118,7 +118,7 @@ def test_depthwise_value_and_gradients(size, k, stride, dilation):
                 x, kernel, stride=stride, dilation=dilation, pad_value=pad_value, formulation=form
             )
 
-        cotangent = random((2, half(size[0], stride), half(size[1], stride), 3), seed=99)
+        cotangent = random((images, half(size[0], stride), half(size[1], stride), 3), seed=99)
 
         def run(x, kernel, pad_value, conv=conv, cotangent=cotangent):
             out, pullback = jax.vjp(conv, x, kernel, pad_value)

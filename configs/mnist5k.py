@@ -48,7 +48,7 @@ def get_config(argument: str | None = None) -> config_dict.ConfigDict:
         **dict.fromkeys(PLUS, True),
     )
     config.train.update(
-        epochs=24,
+        epochs=40,
         batch_size=50,
         learning_rate=1.5e-2,  # a tenth learns half as fast here
         float_learning_rate=0.1,

@@ -1,0 +1,170 @@
+"""Test accuracies of small trainings that differ in one setting, over seeds.
+
+    python benchmarks/train_variants.py levers --seeds 3 --data-dir DIR
+    python benchmarks/train_variants.py loss --seeds 3 --data-dir DIR
+
+Trainings of configs/cifar10.py with the cells found on CIFAR-10, cut down to some minutes on one
+core. Each is a process of its own on a core of its own; `--keep DIR` keeps their workdirs, and what
+is finished there is not trained again. A table, then one JSON object as the last line.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import platform
+import queue
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+LEVERS = (
+    *("residual", "prelu", "first_norm", "real_depthwise"),
+    *("learnable_sign", "learnable_prelu"),
+)
+PLUS = ("residual", "prelu", "first_norm")
+BUDGET = {
+    "dataset.image_size": 16,
+    "dataset.crop_padding": 2,
+    "dataset.cutout": 0,
+    "network.cells": 3,
+    "network.channels": 16,
+    "network.auxiliary": False,
+    "network.drop_path": 0.0,
+    "train.examples": 10_000,
+    "train.epochs": 8,
+    "train.batch_size": 50,
+    "train.learning_rate": 1e-2,
+    "train.evaluate_every": 8,
+}
+"""What every training here shares, keys of a config."""
+
+
+def without(*keys: str) -> dict[str, float]:
+    """Return the settings that leave out these terms of L_H."""
+    return {f"train.{key}_weight": 0.0 for key in keys}
+
+
+def variants(subject: str) -> dict[str, dict[str, object]]:
+    """Return name -> keys for what is compared, the first is what the others are compared to."""
+    if subject == "levers":
+        on = {name: {f"network.{name}": True} for name in LEVERS}
+        plus = {f"network.{name}": True for name in PLUS}
+        less = {f"plus without {name}": {**plus, f"network.{name}": False} for name in PLUS}
+        return {"faithful": {}, **on, "plus": plus, **less}
+    weights = {
+        f"reconstruction {kernel:g}, center {center:g}": {
+            "train.reconstruction_weight": kernel,
+            "train.center_weight": center,
+        }
+        for kernel, center in (
+            *((1e-4, 1e-3), (1e-4, 0.0), (0.0, 1e-3)),
+            *((1e-3, 0.0), (1e-2, 0.0), (0.0, 1e-2), (0.0, 1e-1)),
+        )
+    }
+    parent = {"parent kernel": {"train.parent_kernel": True}}
+    return {"without L_H": without("reconstruction", "center"), **weights, **parent}
+
+
+def train(base: Path, keys: dict[str, object], core: int) -> dict[str, float]:
+    """Train in a process on one core; return its accuracies and seconds."""
+    command = [sys.executable, "-m", "cpnas_jax.main", "--config=configs/cifar10.py:train"]
+    overrides = [f"--config.{key}={value}" for key, value in keys.items()]
+    base.mkdir(parents=True, exist_ok=True)
+    with open(base / "log", "a") as log:
+        subprocess.run(
+            [*command, f"--workdir={base}", *overrides],
+            stdout=log,
+            stderr=log,
+            check=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )
+    results = json.loads((base / "results.json").read_text())["train"]
+    return {"top1": results["test"]["top1"], "seconds": results["seconds"]}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return mean, least, largest and number."""
+    return {
+        "mean": statistics.mean(values),
+        "least": min(values),
+        "largest": max(values),
+        "n": len(values),
+    }
+
+
+def parse_flags() -> argparse.Namespace:
+    """Return the command line's flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("subject", choices=("levers", "loss"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data-dir", required=True, help="where cifar10 is prepared")
+    parser.add_argument("--genotype", default="docs/genotypes/cifar10.json")
+    parser.add_argument("--keep", type=Path, help="directory for the trainings' files")
+    parser.add_argument("--only", help="comma-separated names of variants")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train every variant with every seed, print a table and a JSON line."""
+    flags = parse_flags()
+    chosen = variants(flags.subject)
+    if flags.only:
+        chosen = {name: chosen[name] for name in flags.only.split(",")}
+    cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+    available = sorted(os.sched_getaffinity(0))
+    for core in available:
+        cores.put(core)
+
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def run(name: str, seed: int) -> dict[str, float]:
+            keys = {
+                **BUDGET,
+                **chosen[name],
+                "seed": seed,
+                "genotype": flags.genotype,
+                "dataset.data_dir": flags.data_dir,
+            }
+            core = cores.get()
+            try:
+                base = (flags.keep or Path(scratch)) / name.replace(" ", "_") / str(seed)
+                found = train(base, keys, core)
+            finally:
+                cores.put(core)
+            print(f"{name}, seed {seed}: {found}", flush=True)
+            return found
+
+        # Seeds outermost: what ends early is a comparison of fewer seeds.
+        wanted = [(name, seed) for seed in range(flags.seeds) for name in chosen]
+        with concurrent.futures.ThreadPoolExecutor(len(available)) as pool:
+            runs = list(pool.map(lambda pair: run(*pair), wanted))
+
+    of = {
+        name: [found for (own, _), found in zip(wanted, runs, strict=True) if own == name]
+        for name in chosen
+    }
+    result = {
+        "benchmark": f"train_variants {flags.subject}",
+        "top1": {name: spread([run["top1"] for run in found]) for name, found in of.items()},
+        "seconds": {name: spread([run["seconds"] for run in found]) for name, found in of.items()},
+        "budget": BUDGET,
+        "cores": len(available),
+        "python": platform.python_version(),
+    }
+    print(f"{'':44}{'top-1: mean [least, largest]':>30}{'paired difference':>20}")
+    first = of[next(iter(chosen))]
+    for name, found in of.items():
+        top1 = result["top1"][name]
+        difference = statistics.mean(
+            one["top1"] - other["top1"] for one, other in zip(found, first, strict=True)
+        )
+        text = f"{top1['mean']:.3f} [{top1['least']:.3f}, {top1['largest']:.3f}]"
+        print(f"{name:44}{text:>30}{difference:>+20.3f}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -100,6 +100,9 @@ class Feed(Protocol):
     ) -> dict[str, np.ndarray]:
         """Return the counts of `evaluate.evaluation` over the whole test split."""
 
+    def close(self) -> None:
+        """End what reads ahead."""
+
 
 def open_feed(config: config_dict.ConfigDict) -> Feed:
     """Return the feed of a config: the splits `train` and `evaluate.split` of its data set.
@@ -196,6 +199,9 @@ class ResidentFeed:
             self._test,
         )
         return to_host(program(variables, self._test))
+
+    def close(self) -> None:
+        """Nothing reads ahead here."""
 
 
 class StreamFeed:

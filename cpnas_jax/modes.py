@@ -1,5 +1,6 @@
 """Modes that look at a network: what it costs, and what a trained one answers."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -52,7 +53,8 @@ def evaluate_mode(
         directory.refuse_other(keys)
         binary = config.network.precision == "binary"
         check_trained(config, directory, binary=binary)
-        evaluate_network(config, directory, reporter, genotype, open_feed(config), binary=binary)
+        with contextlib.closing(open_feed(config)) as feed:
+            evaluate_network(config, directory, reporter, genotype, feed, binary=binary)
 
 
 def _checkpoints(config: config_dict.ConfigDict, directory: Workdir, *, binary: bool) -> Any:

@@ -1,9 +1,11 @@
 """The whole way in one command: search, train the child, train the parent, evaluate, summarise."""
 
+import contextlib
 import os
 
 from ml_collections import config_dict
 
+from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.config import deciding_keys
 from cpnas_jax.feeds import Feed, open_feed
 from cpnas_jax.models.summary import totals_text
@@ -30,16 +32,7 @@ def pipeline(
     with Workdir(workdir) as directory:
         directory.refuse_other(deciding_keys(config, "train"))
         genotype = search_in(config, directory, reporter)
-        feed: Feed | None = None
-        for binary in (True, False):
-            done = finished(config, directory, reporter, genotype, binary=binary)
-            evaluated = directory.path / directory_name(binary) / "evaluation.json"
-            if done and evaluated.exists():
-                continue
-            feed = feed or open_feed(config)
-            if not done:
-                train_network(config, directory, reporter, genotype, feed, binary=binary)
-            evaluate_network(config, directory, reporter, genotype, feed, binary=binary)
+        _train_both(config, directory, reporter, genotype)
         costs = write_summary(config, directory, genotype, binary=True)
         reporter.say(totals_text(costs))
         summary = costs.to_dict()
@@ -56,3 +49,21 @@ def pipeline(
             + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
             + f". All of it is in {directory.path / 'results.json'}."
         )
+
+
+def _train_both(
+    config: config_dict.ConfigDict, directory: Workdir, reporter: Reporter, genotype: Genotype
+) -> None:
+    """Train and evaluate child and parent, as far as that is not done; data is opened once."""
+    feed: Feed | None = None
+    with contextlib.ExitStack() as stack:
+        for binary in (True, False):
+            done = finished(config, directory, reporter, genotype, binary=binary)
+            evaluated = directory.path / directory_name(binary) / "evaluation.json"
+            if done and evaluated.exists():
+                continue
+            if feed is None:
+                feed = stack.enter_context(contextlib.closing(open_feed(config)))
+            if not done:
+                train_network(config, directory, reporter, genotype, feed, binary=binary)
+            evaluate_network(config, directory, reporter, genotype, feed, binary=binary)

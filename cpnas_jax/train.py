@@ -1,5 +1,6 @@
 """The training phase: a genotype in, a trained network out, resumable at every checkpoint."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -78,7 +79,8 @@ def train(
         directory.refuse_other(deciding_keys(config, "train"))
         binary = config.network.precision == "binary"
         if not finished(config, directory, reporter, genotype, binary=binary):
-            train_network(config, directory, reporter, genotype, open_feed(config), binary=binary)
+            with contextlib.closing(open_feed(config)) as feed:
+                train_network(config, directory, reporter, genotype, feed, binary=binary)
 
 
 def _cells(genotype: Genotype) -> dict[str, Any]:
@@ -237,8 +239,6 @@ class _Run:
             self.sums = EpochSums(**found.record["sums"])
             self.best_accuracy = found.record["best_accuracy"]
             self.best_epoch = found.record["best_epoch"]
-            # One that was saved after the newest checkpoint will be saved again, bit by bit.
-            self.best.forget_above(self.position.epoch)
             epochs = self.config.train.epochs
             self.reporter.say(
                 f"Resumed in epoch {self.position.epoch + 1} of {epochs}, after step "
@@ -246,6 +246,8 @@ class _Run:
                 if self.position.epoch < epochs
                 else f"Resumed after the last of {epochs} epochs."
             )
+        # One that was saved after the newest checkpoint will be saved again, bit by bit.
+        self.best.forget_above(self.position.epoch)
         self.history = History(self.directory.path / self.name / "metrics.jsonl", lines)
         self.trainer.load(state)
 
@@ -254,7 +256,7 @@ class _Run:
         position, epochs = self.position, self.config.train.epochs
         if position.epoch < epochs:
             self.reporter.log("compiling the training program")
-            self.trainer.compile(position.epoch)
+            self.trainer.compile(position.epoch, epochs - 1)
             self.reporter.say(
                 f"Compiled in {self.trainer.compile_seconds:.1f} s; estimated memory of a device: "
                 f"{describe(self.trainer.memory_bytes())}."

@@ -273,14 +273,15 @@ class Trainer:
             self.compile_seconds += time.monotonic() - before
         return self._programs[name]
 
-    def compile(self, epoch: int) -> None:
-        """Compile the training program of an epoch.
+    def compile(self, first: int, last: int) -> None:
+        """Compile the training programs of a range of epochs; two-step training has two.
 
         Raises:
-            UserError: it needs more memory than a device has.
+            UserError: one needs more memory than a device has.
         """
         with exhaustion_explained(_KNOBS):
-            self._train_program(epoch)
+            for epoch in (first, last):
+                self._train_program(epoch)
         check_memory(self.memory_bytes(), _KNOBS)
 
     def _fixed_bytes(self) -> dict[str, int]:
@@ -305,7 +306,8 @@ class Trainer:
         """Run some steps of an epoch and add their metrics to `sums`.
 
         Raises:
-            UserError: the loss or its gradient is not finite; nothing saved is lost.
+            UserError: the loss or its gradient is not finite, or a device's memory is exhausted;
+                nothing saved is lost.
         """
         before = time.monotonic()
         call = TrainCall(
@@ -315,9 +317,10 @@ class Trainer:
             key=self._key,
         )
         program = self._train_program(epoch)
-        self._state, host = self._feed.train(
-            program, self._state, call, self._config.train.batch_size
-        )
+        with exhaustion_explained(_KNOBS):
+            self._state, host = self._feed.train(
+                program, self._state, call, self._config.train.batch_size
+            )
         if int(host["bad_step"]) >= 0:
             key = "learning_rate" if self._settings.binary else "float_learning_rate"
             raise UserError(
@@ -336,12 +339,17 @@ class Trainer:
             return float(schedule(step))
 
     def evaluate(self) -> evaluate.Evaluation:
-        """Count the answers on the test split, with the moving average where there is one."""
+        """Count the answers on the test split, with the moving average where there is one.
+
+        Raises:
+            UserError: it needs more memory than a device has.
+        """
         average = self._config.train.average_decay
         variables = {
             "params": self._state.average if average else self._state.params,
             "batch_stats": self._state.batch_stats,
         }
         batch = self._config.evaluate.batch_size
-        counts = self._feed.count(self._compiled, self._settings, batch, variables)
+        with exhaustion_explained("config.evaluate.batch_size"):
+            counts = self._feed.count(self._compiled, self._settings, batch, variables)
         return evaluate.evaluation(counts, self._feed.facts.num_test)

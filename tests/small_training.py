@@ -33,3 +33,13 @@ class Command:
             f"--workdir={workdir}",
             *arguments,
         )
+
+
+def refusal(command, capsys, mode, workdir, *arguments):
+    """Make a call that must fail with one line; return the line."""
+    capsys.readouterr()
+    assert command(mode, workdir, *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error

@@ -4,6 +4,7 @@ Everything goes through the command line, on small prepared sets; one training o
 convolutions serves all tests, as a copy.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -13,15 +14,12 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import stand_in
-import tensorflow_datasets as tfds
 from command_line import ROOT
 from genotype_mistakes import MISTAKES, edge
-from small_training import GENOTYPE, Command
+from small_training import GENOTYPE, Command, refusal
 
-from cpnas_jax.data.mnist5k import OfflineInfo
 from cpnas_jax.models import losses
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -56,17 +54,7 @@ def command(monkeypatch, files):
 
 @pytest.fixture
 def refused(command, capsys):
-    """A call that must fail with one line; returns the line."""
-
-    def call(mode, workdir, *arguments):
-        capsys.readouterr()
-        assert command(mode, workdir, *arguments) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
-        return error
-
-    return call
+    return functools.partial(refusal, command, capsys)
 
 
 def contents(workdir):
@@ -158,53 +146,6 @@ def test_a_batch_that_two_devices_cannot_share(files, tmp_path):
         "it\n"
     )
     assert not (tmp_path / "run").exists()
-
-
-class Unlabelled(stand_in.Cifar10, skip_registration=True):
-    """A test split without labels, which tfds stores as -1."""
-
-    name = "unlabelled"
-
-    def _generate_examples(self, split):
-        for index, example in super()._generate_examples(split):
-            yield index, {**example, "label": -1 if split == "test" else example["label"]}
-
-
-class Sizes(stand_in.Cifar10, skip_registration=True):
-    """One image is larger than all others."""
-
-    name = "sizes"
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": self._class_label("class", self.NUM_CLASSES),
-        }
-        return OfflineInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-        )
-
-    def _generate_examples(self, split):
-        for index in range(16):
-            image = np.full((9 if index == 5 else 8, 8, 3), index, np.uint8)
-            yield index, {"image": stand_in.encode(image), "label": index % self.NUM_CLASSES}
-
-
-@pytest.mark.parametrize(
-    ("builder", "arguments", "words"),
-    [
-        (Unlabelled, (), "split 'test' in {} has labels outside 0..9: it is unlabelled"),
-        (Sizes, ("--config.dataset.image_size=0",), "the images of {} differ in size"),
-    ],
-)
-def test_data_that_cannot_be_trained_with(refused, files, tmp_path, builder, arguments, words):
-    directory = stand_in.prepare(builder, files / "data")
-    name = f"--config.dataset.name={builder.name}"
-    error = refused("train", tmp_path / "run", name, "--config.train.batch_size=8", *arguments)
-    assert words.format(directory) in error
-    assert not (tmp_path / "run/config.json").exists()
 
 
 def test_evaluating_before_training(refused, tmp_path):

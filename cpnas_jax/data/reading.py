@@ -80,7 +80,7 @@ class Reader:
             reason = f"example {row} of split {self.split!r}: {records.one_line(error)}"
             raise records.damaged(self.directory, reason) from error
         if not 0 <= label < self.num_classes:
-            raise records.unlabelled(self.directory, self.split, self.num_classes)
+            raise records.no_class(self.directory, self.split, self.num_classes, label)
         return pixels, label
 
     def examples(

@@ -169,11 +169,14 @@ def parse_example(record: bytes, image_key: str, label_key: str) -> tuple[bytes,
     return feature[image_key].bytes_list.value[0], feature[label_key].int64_list.value[0]
 
 
-def unlabelled(directory: os.PathLike[str] | str, split: str, num_classes: int) -> UserError:
-    """Return the error for a split with labels that are no class."""
+def no_class(
+    directory: os.PathLike[str] | str, split: str, num_classes: int, label: int
+) -> UserError:
+    """Return the error for a split with a label that is no class."""
+    what = "it is unlabelled" if label == -1 else f"{label}, for one; prepare the set anew"
     return UserError(
         f"split {split!r} in {os.fspath(directory)} has labels outside 0..{num_classes - 1}: "
-        "it is unlabelled and cannot be used"
+        f"{what}; it cannot be used"
     )
 
 
@@ -203,8 +206,9 @@ def read_examples(prepared: PreparedSet, split: str) -> tuple[list[bytes], list[
     # array_record, protobuf and tfds each have their own ways of failing on a broken file.
     except Exception as error:
         raise damaged(prepared.directory, one_line(error)) from error
-    if min(labels) < 0 or max(labels) >= len(prepared.class_names):
-        raise unlabelled(prepared.directory, split, len(prepared.class_names))
+    for label in (min(labels), max(labels)):
+        if not 0 <= label < len(prepared.class_names):
+            raise no_class(prepared.directory, split, len(prepared.class_names), label)
     return images, labels
 
 

@@ -79,6 +79,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--optimization-level", type=int, default=3, help="of LLVM: 0 to 3")
     parser.add_argument("--formulation", choices=layers.FORMULATIONS, default="auto")
+    parser.add_argument("--recompute", action="store_true", help="as network.recompute")
     parser.add_argument("--torch-python", required=True, help="a Python with PyTorch")
     flags = parser.parse_args()
     if min(flags.repeats, flags.steps) < 1:
@@ -99,6 +100,7 @@ def network_settings(flags: argparse.Namespace) -> network.NetworkSettings:
         channels=flags.channels,
         num_classes=NUM_CLASSES,
         binary=flags.precision == "binary",
+        recompute=flags.recompute,
         operations=OperationSettings(formulation=flags.formulation),
     )
 

@@ -10,6 +10,7 @@ is finished there is not trained again. A table, then one JSON object as the las
 
 import argparse
 import concurrent.futures
+import dataclasses
 import json
 import os
 import platform
@@ -20,11 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-LEVERS = (
-    *("residual", "prelu", "first_norm", "real_depthwise"),
-    *("learnable_sign", "learnable_prelu"),
-)
-PLUS = ("residual", "prelu", "first_norm")
+from cpnas_jax.config import PLUS
+from cpnas_jax.models.blocks import Levers
+
+LEVERS = tuple(field.name for field in dataclasses.fields(Levers))
 BUDGET = {
     "dataset.image_size": 16,
     "dataset.crop_padding": 2,
@@ -103,7 +103,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--data-dir", required=True, help="where cifar10 is prepared")
     parser.add_argument("--genotype", default="docs/genotypes/cifar10.json")
     parser.add_argument("--keep", type=Path, help="directory for the trainings' files")
-    parser.add_argument("--only", help="comma-separated names of variants")
+    parser.add_argument("--only", action="append", help="a variant's name; may be repeated")
     return parser.parse_args()
 
 
@@ -112,7 +112,10 @@ def main() -> None:
     flags = parse_flags()
     chosen = variants(flags.subject)
     if flags.only:
-        chosen = {name: chosen[name] for name in flags.only.split(",")}
+        unknown = set(flags.only) - set(chosen)
+        if unknown:
+            raise SystemExit(f"--only={unknown.pop()!r}; offered are {list(chosen)}")
+        chosen = {name: keys for name, keys in chosen.items() if name in flags.only}
     cores: queue.SimpleQueue[int] = queue.SimpleQueue()
     available = sorted(os.sched_getaffinity(0))
     for core in available:

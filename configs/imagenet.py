@@ -4,7 +4,8 @@ python -m cpnas_jax.main --config=configs/imagenet.py:train --config.genotype=FI
 
 The paper's network uses the cells found on CIFAR-10 (our reading: its published search cost is the
 same), so there is no search here. Any other tfds set of images with one label each is trained the
-same way: --config.dataset.name=NAME --config.dataset.image_size=SIZE.
+same way: --config.dataset.name=NAME --config.dataset.image_size=SIZE, and
+--config.evaluate.split=test where there is no split `validation`.
 """
 
 from ml_collections import config_dict

@@ -102,13 +102,13 @@ def base_config() -> config_dict.ConfigDict:
     train.center_weight = 1e-3  # lambda, of the features' term of L_H, eq. 4.18 [ours]
     train.parent_kernel = False  # H are the kernels of a float parent trained beside [ours]
     train.real_weights_epochs = 0  # first part of two-step training: 1-bit activations alone [kin]
-    train.average_decay = 0.0  # of a moving average of the weights, for evaluation; 0 keeps none
-    train.evaluate_every = 10  # epochs between evaluations on the test split
+    train.average_decay = 0.0  # of a moving average of the weights to evaluate; 0: none [ours]
+    train.evaluate_every = 10  # epochs between evaluations on the test split [ours]
 
     config.evaluate = evaluate = config_dict.ConfigDict()
-    evaluate.split = "test"  # the split that `evaluate` counts
-    evaluate.checkpoint = "last"  # last or best
-    evaluate.batch_size = 256  # global, over all devices
+    evaluate.split = "test"  # the split that `evaluate` counts [ours]
+    evaluate.checkpoint = "last"  # last, as nothing chose it by the test split, or best [ours]
+    evaluate.batch_size = 256  # global, over all devices [ours]
 
     config.binarizer = binarizer = config_dict.ConfigDict()
     binarizer.activation_estimator = "bireal"  # [kin]
@@ -116,7 +116,7 @@ def base_config() -> config_dict.ConfigDict:
     binarizer.weight_scale = "channel"  # mean |H| of each output channel [kin]
     binarizer.pad_value = 0.0  # around the signs: 0 [kin], or +1 for packed inference [ours]
 
-    config.runtime = runtime = config_dict.ConfigDict()
+    config.runtime = runtime = config_dict.ConfigDict()  # all of it [ours]
     runtime.steps_per_call = 50  # training steps in one call to the device
     runtime.keep_checkpoints = 2  # newest checkpoints kept
     runtime.checkpoint_every = 0  # training steps between checkpoints; 0: every epoch

@@ -1,8 +1,10 @@
 """Command line of cpnas_jax.
 
-python -m cpnas_jax.main --config=FILE[:MODE[,smoke]] --workdir=DIR [--config.KEY=VALUE ...]
+python -m cpnas_jax.main --config=FILE[:WORD,...] --workdir=DIR [--config.KEY=VALUE ...]
 
-  --config      a file of configs/ and what to run, such as search; smoke shrinks it
+  --config      a file of configs/ and, in any order, what to run (pipeline, search, train,
+                evaluate, summary), the final network's size (small, medium, large), plus (what
+                helps 1-bit networks to train), smoke (shrinks all to a minute)
   --workdir     directory of the run; the same command resumes
   --config.KEY  any other value of a key, such as --config.search.rounds=1; see cpnas_jax/config.py
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's first command in a virtual environment of its own: install, then search on mnist5k.
+# The README's first command in a virtual environment of its own: install, then the whole way on mnist5k.
 # Usage: launch/quickstart.sh [workdir]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -19,5 +19,7 @@ def call_main(monkeypatch, *arguments):
     flags.FLAGS.unparse_flags()
     for flag in (main._CONFIG, main._WORKDIR):
         flags.FLAGS[flag.name].value = None
+    # The tests' own process leaves the user's cache alone.
+    monkeypatch.setattr(main.environment, "cache_compiled_programs", lambda: None)
     monkeypatch.setattr(sys, "argv", ["main", *map(str, arguments)])
     return main.main(sys.argv)

@@ -1,4 +1,4 @@
-"""Whole trainings of one small cell on eight devices: files, resume, variants, mistakes.
+"""Whole trainings of one small cell on eight devices: files, variants, mistakes.
 
 Compiling is what takes time: programs of equal settings come from a cache of this file, and one
 training serves all tests that only look at what it wrote.
@@ -13,49 +13,28 @@ import jax
 import numpy as np
 import pytest
 from draws import QUICK
+from one_cell import (
+    GENOTYPE,
+    PARTS,
+    config_in,
+    lines_of,
+    replace_data,
+    reporter_to,
+    results_of,
+    run,
+    trainer_of,
+)
 from reads import note_reads
-from rich.console import Console
 
 from cpnas_jax import config as configs
-from cpnas_jax import environment, feeds, modes, train_step
+from cpnas_jax import environment, modes, train_step
 from cpnas_jax import train as train_module
-from cpnas_jax.architecture.genotype import Edge, Genotype
-from cpnas_jax.data.datasets import Split
 from cpnas_jax.models.network import Network
-from cpnas_jax.models.space import EDGES
 from cpnas_jax.models.summary import summarise
-from cpnas_jax.runtime.checkpoints import Checkpoints, digest
-from cpnas_jax.runtime.console import Reporter
+from cpnas_jax.runtime.checkpoints import digest
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.parallel import replicate
-from cpnas_jax.train import train
-from cpnas_jax.trainer import EpochSums, Trainer, network_settings
-
-# As little to compile as there can be with a pool, a factorized reduce and a binary convolution.
-CHOSEN = {
-    (0, 2): "max_pool_3x3",
-    (1, 3): "skip_connect",
-    (2, 4): "dil_conv_3x3",
-    (4, 5): "skip_connect",
-}
-CELL = tuple(
-    Edge(target=target, source=source, operation=CHOSEN.get((source, target), "none"))
-    for source, target in EDGES
-)
-GENOTYPE = Genotype(normal=CELL, reduce=CELL, edge_policy="all")
-
-
-def part(n, seed):
-    """Classes that differ in their brightness."""
-    generator = np.random.default_rng(seed)
-    labels = np.arange(n, dtype=np.int32) % 6
-    images = generator.integers(0, 60, (n, 8, 8, 1)) + 38 * labels[:, None, None, None]
-    return Split(images.astype(np.uint8), labels, 6, tuple("abcdef"), "greys")
-
-
-# Four steps an epoch of 16 images; the test images are no multiple of anything.
-PARTS = {"train": part(70, 0), "test": part(37, 1)}
-
+from cpnas_jax.trainer import EpochSums, network_settings
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -64,37 +43,13 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 def data():
     """The data above in place of a data set."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feeds, "load_split", lambda _, split, *__: PARTS[split])
+        replace_data(patch)
         yield
-
-
-def config_in(directory):
-    path = directory / "cells.json"
-    GENOTYPE.save(path)
-    config = configs.base_config()
-    config.genotype = str(path)
-    config.dataset.update(crop_padding=1, cutout=2)
-    config.network.update(cells=1, channels=4, drop_path=0.1)
-    config.train.update(epochs=2, batch_size=16, evaluate_every=1, learning_rate=0.01)
-    config.train.update(label_smoothing=0.1, average_decay=0.5, warmup_epochs=1)
-    config.evaluate.batch_size = 16
-    config.runtime.update(optimization_level=0, steps_per_call=3)
-    return config
 
 
 @pytest.fixture
 def config(tmp_path):
     return config_in(tmp_path)
-
-
-def reporter_to(file):
-    return Reporter(Console(file=file, width=200))
-
-
-def run(config, workdir):
-    file = io.StringIO()
-    train(config, workdir, reporter_to(file))
-    return file.getvalue()
 
 
 class Trained(NamedTuple):
@@ -129,28 +84,6 @@ def trained(tmp_path_factory):
         return Trained(directory / "run", said, set(read))
 
 
-def lines_of(workdir):
-    text = (workdir / "train/metrics.jsonl").read_text()
-    timed = ("seconds", "images_per_second")
-    return [
-        {k: v for k, v in json.loads(line).items() if k not in timed} for line in text.splitlines()
-    ]
-
-
-def results_of(workdir):
-    return json.loads((workdir / "results.json").read_text())["train"]
-
-
-def trainer_of(config, binary=True):
-    settings = network_settings(config, GENOTYPE, 6, binary=binary)
-    return Trainer(config, settings, feeds.open_feed(config))
-
-
-def final_state(like, workdir):
-    with Checkpoints(workdir / "train/checkpoints", 2) as checkpoints:
-        return checkpoints.restore_newest(like).state
-
-
 def test_a_training_and_its_files(config, trained):
     lines = lines_of(trained.workdir)
     assert [(line["event"], line["epoch"], line["step"]) for line in lines] == [
@@ -176,34 +109,6 @@ def test_a_training_and_its_files(config, trained):
     assert results["best_test_accuracy"] == max(line["test_accuracy"] for line in lines)
     assert "estimated memory" in trained.said
     assert "nothing is run again" in run(config, trained.workdir)
-
-
-class Killed(Exception):
-    pass
-
-
-def test_resume_in_the_middle_of_an_epoch(config, trained, tmp_path, monkeypatch):
-    """Killed after the first checkpoint inside the second epoch, in other portions of steps."""
-    config.runtime.update(checkpoint_every=1, steps_per_call=2)
-    original = Trainer.train
-
-    def killed(self, epoch, first_step, num_steps, sums):
-        if (epoch, first_step) == (1, 2):
-            raise Killed
-        original(self, epoch, first_step, num_steps, sums)
-
-    monkeypatch.setattr(Trainer, "train", killed)
-    with pytest.raises(Killed):
-        run(config, tmp_path / "killed")
-    monkeypatch.setattr(Trainer, "train", original)
-    assert "Resumed in epoch 2 of 2, after step 2" in run(config, tmp_path / "killed")
-    like = trainer_of(config).initial_state()
-    expected, found = (final_state(like, path) for path in (trained.workdir, tmp_path / "killed"))
-    assert digest(found) == digest(expected)
-    for a, b in zip(lines_of(tmp_path / "killed"), lines_of(trained.workdir), strict=True):
-        assert a.pop("event") == b.pop("event")
-        # Sums of three steps and one, or of single steps, may differ in the last digit.
-        assert a == pytest.approx(b, rel=1e-6)
 
 
 EVALUATION = {
@@ -311,11 +216,19 @@ def test_a_parent_beside_the_child_is_trained_too(config):
     after = trainer.host_state()
     assert sums.values["parent"] > 0
     assert sums.values["reconstruction"] > 0
-    for old, new in ((before.params, after.params), (before.parent, after.parent)):
-        assert any(
-            not np.array_equal(a, b)
-            for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
-        )
+    for old, new in (
+        (before.params, after.params),
+        (before.parent["params"], after.parent["params"]),
+    ):
+        kernels = [
+            (a, b)
+            for (path, a), b in zip(
+                jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
+            )
+            if path[-1].key == "kernel"
+        ]
+        assert kernels
+        assert all(np.any(a != b) for a, b in kernels)
 
 
 def test_two_step_training_begins_with_real_weights(config):

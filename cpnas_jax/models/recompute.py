@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -18,33 +19,32 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the same pure function of arrays, of which the gradient keeps the arguments alone.
 
     Args:
-        function: (params, x) -> (y, statistics). The statistics, such as running averages, get no
-            gradient.
+        function: (params, before, x) -> (y, statistics). Statistics, such as running averages, and
+            those `before` have no gradient. It must close over no traced value.
 
     Returns:
         The function, differentiable in reverse mode.
     """
 
     @jax.custom_vjp
-    def run(params: Any, x: jax.Array) -> Any:
-        return function(params, x)
+    def run(params: Any, before: Any, x: jax.Array) -> Any:
+        return function(params, before, x)
 
-    def forward(params: Any, x: jax.Array) -> Any:
-        return function(params, x), (params, x)
+    def forward(params: Any, before: Any, x: jax.Array) -> Any:
+        return function(params, before, x), (params, before, x)
 
     def backward(kept: Any, cotangents: Any) -> Any:
-        params, x = kept
-
         @jax.jit
-        def gradients(params: Any, x: jax.Array, cotangent: Any) -> Any:
-            _, pull = jax.vjp(lambda p, x: function(p, x)[0], params, x)
+        def gradients(params: Any, before: Any, x: jax.Array, cotangent: Any) -> Any:
+            _, pull = jax.vjp(lambda p, x: function(p, before, x)[0], params, x)
             return pull(cotangent)
 
         # The barrier keeps XLA from merging this with the forward pass on TPU and GPU; on a CPU
         # it is dropped, and a function that is not inlined does the same.
-        arguments = lax.optimization_barrier((params, x, cotangents[0]))
+        arguments = lax.optimization_barrier((*kept, cotangents[0]))
         with set_xla_metadata(inlineable="false"):
-            return gradients(*arguments)
+            params, x = gradients(*arguments)
+        return params, jax.tree.map(jnp.zeros_like, kept[1]), x
 
     run.defvjp(forward, backward)
     return run
@@ -67,15 +67,14 @@ def apply_recomputed(
     """
     params = owner.variables["params"].get(name, {})
     before = owner.variables.get("batch_stats", {}).get(name, {})
-    before = jax.tree.map(lax.stop_gradient, before)
 
-    def pure(params: Any, x: jax.Array) -> Any:
+    def pure(params: Any, before: Any, x: jax.Array) -> Any:
         y, changed = module.apply(
             {"params": params, "batch_stats": before}, x, binary, mutable=["batch_stats"]
         )
         return y, changed.get("batch_stats", {})
 
-    y, changed = recomputed(pure)(params, x)
+    y, changed = recomputed(pure)(params, before, x)
     if changed:
         owner.put_variable("batch_stats", name, changed)
     return y

@@ -155,40 +155,86 @@ def test_drop_path_leaves_out_images_and_never_an_identity():
 IDENTITIES = tuple((0, target, "skip_connect") for target in range(2, 6))
 
 
-def test_identities_are_not_dropped():
-    edges = IDENTITIES
-    settings = NetworkSettings(edges, edges, 3, 4, 5, auxiliary=False, binary=False)
-    normal = dataclasses.replace(settings, cells=1)
-    assert cell_places(normal)[0].kind == "reduce"
-    # In the normal cell of a larger network nothing but identities is left to drop.
-    cell = network.Cell(edges, network.CellPlace("normal", 4, False), False, OperationSettings())
-    x = images_of(8)
+def cell_of(kind, edges):
+    """(images, rate) -> output of a cell, whose edges are dropped at the rate unless it is None."""
+    cell = network.Cell(edges, network.CellPlace(kind, 4, False), False, OperationSettings())
+    x = images_of(32)
     params = cell.init({"params": jax.random.key(0)}, (x, x), None)
-    (_, expected), _ = cell.apply(params, (x, x), None)
-    rngs = {"drop_path": jax.random.key(1)}
-    (_, found), _ = cell.apply(params, (x, x), jnp.float32(0.9), rngs=rngs)
-    np.testing.assert_array_equal(found, expected)
+
+    def run(rate):
+        (_, out), _ = cell.apply(params, (x, x), rate, rngs={"drop_path": jax.random.key(1)})
+        return np.asarray(out)
+
+    return run
+
+
+def test_identities_are_not_dropped():
+    run = cell_of("normal", IDENTITIES)
+    np.testing.assert_array_equal(run(jnp.float32(0.9)), run(None))
+
+
+def test_every_other_edge_is_dropped_on_its_own():
+    """A factorized reduce, both pools, and an identity of the first."""
+    edges = (
+        *((0, 2, "skip_connect"), (0, 3, "max_pool_3x3")),
+        *((1, 4, "avg_pool_3x3"), (2, 5, "skip_connect")),
+    )
+    run = cell_of("reduce", edges)
+    plain, dropped = (np.split(run(rate), 4, axis=-1) for rate in (None, jnp.float32(0.5)))
+    masks = set()
+    for node, whole in zip(dropped, plain, strict=True):
+        kept = np.any(node != 0, axis=(1, 2, 3))
+        assert 0 < kept.sum() < 32
+        np.testing.assert_allclose(node[kept], 2 * whole[kept], rtol=1e-5)
+        masks.add(tuple(kept))
+    np.testing.assert_array_equal(dropped[3], dropped[0])
+    assert len(masks) == 3
 
 
 @pytest.mark.parametrize("lever", [field.name for field in dataclasses.fields(Levers)])
-def test_every_lever_changes_the_child_and_leaves_the_parent(lever):
-    on = OperationSettings(levers=Levers(**{lever: True}))
-    child = dataclasses.replace(SMALL, cells=1, auxiliary=False)
-    # As a normal cell alone would be: the first cell of two.
-    child = dataclasses.replace(child, cells=4)
+def test_levers_are_of_the_child_alone(lever):
+    parent = dataclasses.replace(SMALL, binary=False)
+    levered = dataclasses.replace(
+        parent, operations=OperationSettings(levers=Levers(**{lever: True}))
+    )
+    chex.assert_trees_all_equal_shapes(shapes_of(levered), shapes_of(parent))
     images = images_of()
-    plain, levered = child, dataclasses.replace(child, operations=on)
-    if jax.tree.structure(shapes_of(plain)) == jax.tree.structure(shapes_of(levered)):
-        a = Network(plain).apply(variables_of(plain), images, train=False).logits
-        b = Network(levered).apply(variables_of(plain), images, train=False).logits
-        assert not np.allclose(a, b)
-    else:
-        assert len(jax.tree.leaves(shapes_of(levered))) > len(jax.tree.leaves(shapes_of(plain)))
-    for settings in (plain, levered):
-        shapes = shapes_of(dataclasses.replace(settings, binary=False))
-        chex.assert_trees_all_equal_shapes(
-            shapes, shapes_of(dataclasses.replace(plain, binary=False))
-        )
+    found, expected = (
+        Network(own).apply(variables_of(parent), images, train=False).logits
+        for own in (levered, parent)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("binary", "cells"), [(True, 1), (False, 10)])
+def test_recomputing_changes_no_number(binary, cells):
+    """Ten cells have scanned ones among them."""
+    settings = dataclasses.replace(SMALL, cells=cells, binary=binary, auxiliary=False)
+    variables, images = variables_of(settings), images_of()
+
+    def gradients(settings):
+        def loss(params):
+            outputs, changed = Network(settings).apply(
+                {**variables, "params": params},
+                images,
+                train=True,
+                drop_path=None,
+                mutable=["batch_stats"],
+            )
+            return jnp.sum(jnp.square(outputs.logits)), changed
+
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+        return run(variables["params"])
+
+    expected, found = (
+        gradients(dataclasses.replace(settings, recompute=recompute)) for recompute in (False, True)
+    )
+    (value, changed), gradient = expected
+    (own_value, own_changed), own_gradient = found
+    np.testing.assert_allclose(own_value, value, rtol=1e-5)
+    chex.assert_trees_all_close(own_changed, changed, rtol=1e-5, atol=1e-6)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    chex.assert_trees_all_close(own_gradient, gradient, rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_initial_kernels_have_their_standard_deviation_in_scans_too():

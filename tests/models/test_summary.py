@@ -151,8 +151,21 @@ def test_a_network_of_the_papers_size():
     entry = cost_of(layer for layer in summary.layers if "preprocess" in layer.name)
     assert entry.bits / parameters["binary"] == pytest.approx(0.5, abs=0.05)
     assert cost_of(summary.layers) == network_cost(settings, 32)
-    deep = network_cost(settings_of("DDPNAS_XNOR_1", cells=20, channels=36), 32)
-    assert (deep.bits + deep.floats, deep.bits) == (2_671_750, 2_601_936)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "pinned"),
+    [
+        ("DDPNAS_XNOR_1", 10, CHILDREN["DDPNAS_XNOR_1"][0]),
+        ("DDPNAS_MCN_2", 10, CHILDREN["DDPNAS_MCN_2"][0]),
+        ("DDPNAS_XNOR_1", 20, (2_671_750, 2_601_936)),
+    ],
+)
+def test_networks_of_the_lineages_tables(name, cells, pinned):
+    """1.438, 1.484 and 2.672 M at C 36."""
+    settings = settings_of(name, cells=cells, channels=36)
+    parameters = summary_of(settings).to_dict()["parameters"]
+    assert (parameters["total"], parameters["binary"]) == pinned
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,89 @@
+"""A training in a process of its own ends bitwise the same after a SIGKILL at any moment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import stand_in
+from command_line import ROOT
+from small_training import GENOTYPE, SMALL
+
+from cpnas_jax.runtime.checkpoints import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Start a training of six epochs of ten steps on one device; programs come from a cache."""
+    files = tmp_path_factory.mktemp("files")
+    stand_in.prepare(stand_in.Cifar10, files / "data")
+    GENOTYPE.save(files / "cells.json")
+    arguments = [
+        *("--config=configs/cifar10.py:train,smoke", f"--config.dataset.data_dir={files / 'data'}"),
+        *(f"--config.genotype={files / 'cells.json'}", "--config.train.epochs=6", *SMALL),
+        *("--config.runtime.compilation_cache=True", "--config.runtime.checkpoint_every=3"),
+    ]
+
+    def call(workdir):
+        return subprocess.Popen(
+            [sys.executable, "-m", "cpnas_jax.main", *arguments, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(files / "cache")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    finish(start(workdir))
+    return workdir
+
+
+def finish(process):
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return output
+
+
+def outcome(workdir):
+    """Lines, results, and digests of the last and the best state; durations apart."""
+    text = (workdir / "train/metrics.jsonl").read_text()
+    results = json.loads((workdir / "results.json").read_text())["train"]
+    lines = [json.loads(line) for line in text.splitlines()]
+    for entry in (results, *lines):
+        entry.pop("seconds")
+        entry.pop("images_per_second", None)
+    digests = []
+    for name in ("checkpoints", "best"):
+        with Checkpoints(workdir / "train" / name, 2) as checkpoints:
+            newest = max(checkpoints._manager.all_steps())
+            digests.append((newest, checkpoints._record(newest, None)[1]))
+    return lines, results, digests
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_killed_training_ends_bitwise_as_if_it_had_not_been(start, undisturbed, tmp_path, kills):
+    log = tmp_path / "train/metrics.jsonl"
+    for number in range(kills):
+        process = start(tmp_path)
+        before = log.read_text().count("\n") if log.exists() else 0
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_text().count("\n") > before:
+                break
+            time.sleep(0.01)
+        # At another moment of the epoch and of the save each time.
+        time.sleep(0.03 * number)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    assert "Resumed " in finish(start(tmp_path))
+    assert outcome(tmp_path) == outcome(undisturbed)

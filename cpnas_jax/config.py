@@ -103,10 +103,10 @@ def base_config() -> config_dict.ConfigDict:
     train.parent_kernel = False  # H are the kernels of a float parent trained beside [ours]
     train.real_weights_epochs = 0  # first part of two-step training: 1-bit activations alone [kin]
     train.average_decay = 0.0  # of a moving average of the weights to evaluate; 0: none [ours]
-    train.evaluate_every = 10  # epochs between evaluations on the test split [ours]
+    train.evaluate_every = 10  # epochs between evaluations on evaluate.split [ours]
 
     config.evaluate = evaluate = config_dict.ConfigDict()
-    evaluate.split = "test"  # the split that `evaluate` counts [ours]
+    evaluate.split = "test"  # what `evaluate`, and training on its way, count [ours]
     evaluate.checkpoint = "last"  # last, as nothing chose it by the test split, or best [ours]
     evaluate.batch_size = 256  # global, over all devices [ours]
 
@@ -280,6 +280,11 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
             value = value[part]
         if not rule.test(value):
             raise UserError(f"config.{key} is {value!r}; it must be {rule.words}")
+    if config.genotype and config.mode in ("search", "pipeline"):
+        raise UserError(
+            f"config.genotype is {config.genotype!r}; with the mode {config.mode}, which searches "
+            "the cells, it must be empty; the mode train takes it"
+        )
     search = config.search
     outside = [position for position in search.reductions if not 0 <= position < search.cells]
     if outside:

@@ -17,6 +17,7 @@ from cpnas_jax.data.augment import normalise
 from cpnas_jax.data.order import scoring_indices
 from cpnas_jax.models.losses import cross_entropy_sum
 from cpnas_jax.models.network import Network, NetworkSettings, Outputs
+from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.search_step import Examples
 
@@ -83,8 +84,10 @@ def _counted(
     answers = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     weights = counts.astype(jnp.int32)
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    # Ties count against the network, so that equal logits are no answer.
-    better = jnp.sum((logits >= own).astype(jnp.int32), axis=1) - 1
+    # Of equal logits the first class is answered first, as by argmax.
+    classes = jnp.arange(logits.shape[1], dtype=labels.dtype)[None]
+    before = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    better = jnp.sum(before.astype(jnp.int32), axis=1)
     return {
         "top5": sums["top5"] + jnp.sum((better < TOP).astype(jnp.int32) * weights),
         "loss": sums["loss"] + cross_entropy_sum(logits, labels, counts),
@@ -141,7 +144,16 @@ def make_batch_evaluation_call(
 
 
 def evaluation(counts: dict[str, np.ndarray], num_examples: int) -> Evaluation:
-    """Turn the counts of a call into shares."""
+    """Turn the counts of a call into shares.
+
+    Raises:
+        UserError: the network's answers are not finite.
+    """
+    if not np.isfinite(counts["loss"]):
+        raise UserError(
+            "the network's answers are not finite numbers; its checkpoints are kept. Try a smaller "
+            "learning rate in a new workdir"
+        )
     confusion = np.asarray(counts["confusion"])
     classes = len(confusion)
     return Evaluation(

@@ -189,7 +189,7 @@ class ResidentFeed:
     ) -> dict[str, np.ndarray]:
         """Count the answers over the test split."""
         program = compiled(
-            "evaluate",
+            ("evaluate", settings),
             lambda: pmap_kept(
                 evaluate.make_evaluation_call(
                     settings, self.facts.num_test, batch_size, jax.device_count()
@@ -308,7 +308,7 @@ class StreamFeed:
         for images, labels, mask in placed_ahead(batches, DEPTH):
             examples = Examples(images, labels, *self._statistics)
             program = compiled(
-                "evaluate",
+                ("evaluate", settings),
                 lambda: pmap_kept(evaluate.make_batch_evaluation_call(settings)),
                 variables,
                 examples,

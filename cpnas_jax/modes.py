@@ -75,6 +75,19 @@ def check_trained(config: config_dict.ConfigDict, directory: Workdir, *, binary:
         )
 
 
+def evaluated(config: config_dict.ConfigDict, directory: Workdir, *, binary: bool) -> bool:
+    """Tell whether `evaluation.json` is what this config asks of the finished training."""
+    name = directory_name(binary)
+    found = directory.read_json(f"{name}/evaluation.json") or {}
+    trained = (directory.read_json("results.json") or {})[name]
+    wanted = {
+        "split": config.evaluate.split,
+        "checkpoint": config.evaluate.checkpoint,
+        "epoch": trained["epochs" if config.evaluate.checkpoint == "last" else "best_epoch"],
+    }
+    return all(found.get(key) == value for key, value in wanted.items())
+
+
 def evaluate_network(
     config: config_dict.ConfigDict,
     directory: Workdir,
@@ -100,13 +113,15 @@ def evaluate_network(
     if found is None:
         raise UserError(f"{path} holds no checkpoint; train first")
     trainer.load(found.state)
-    counted = trainer.evaluate()
+    position = found.record["position"]
+    # The last epoch of which anything was trained.
+    counted = trainer.evaluate(position["epoch"] - (position["step"] == 0))
     names = feed.facts.class_names
     value: dict[str, Any] = {
         "split": config.evaluate.split,
         "checkpoint": config.evaluate.checkpoint,
         "precision": trainer.precision,
-        "epoch": found.record["position"]["epoch"],
+        "epoch": position["epoch"],
         "class_names": list(names),
         **counted.to_dict(),
     }

@@ -9,7 +9,7 @@ from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.config import deciding_keys
 from cpnas_jax.feeds import Feed, open_feed
 from cpnas_jax.models.summary import totals_text
-from cpnas_jax.modes import evaluate_network, write_summary
+from cpnas_jax.modes import evaluate_network, evaluated, write_summary
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.workdir import Workdir
 from cpnas_jax.search import search_in
@@ -42,7 +42,12 @@ def pipeline(
         child, parent = (
             results[directory_name(binary)]["test"]["top1"] for binary in (True, False)
         )
-        seconds = {name: results[name]["seconds"] for name in ("search", "train", "parent")}
+        # The results of a search whose genotype was brought here are elsewhere.
+        seconds = {
+            name: results[name]["seconds"]
+            for name in ("search", "train", "parent")
+            if name in results
+        }
         reporter.say(
             f"Test accuracy: 1-bit child {child:.4f}, float parent {parent:.4f}; the child is "
             f"{summary['compression']:.1f} times smaller. Seconds: "
@@ -59,8 +64,7 @@ def _train_both(
     with contextlib.ExitStack() as stack:
         for binary in (True, False):
             done = finished(config, directory, reporter, genotype, binary=binary)
-            evaluated = directory.path / directory_name(binary) / "evaluation.json"
-            if done and evaluated.exists():
+            if done and evaluated(config, directory, binary=binary):
                 continue
             if feed is None:
                 feed = stack.enter_context(contextlib.closing(open_feed(config)))

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import time
 from typing import Any
 
 import jax
@@ -156,7 +155,8 @@ def _plan(config: config_dict.ConfigDict, trainer: Trainer, facts: Facts, edges:
     return "\n".join(
         [
             f"Training a {kind} on {facts.name}: {facts.num_train} training and "
-            f"{facts.num_test} test images of {size}, {facts.num_classes} classes.",
+            f"{facts.num_test} {config.evaluate.split} images of {size}, {facts.num_classes} "
+            "classes.",
             f"Network: {network.cells} cells, C {network.channels}, {edges} edges a cell.",
             f"{options.epochs} epochs of {trainer.steps_per_epoch} steps, evaluated every "
             f"{options.evaluate_every}.",
@@ -215,23 +215,17 @@ class _Run:
         self.position, self.sums = Position(), EpochSums()
         self.best_accuracy, self.best_epoch = -1.0, 0
         self.history: History
-        self.started = time.monotonic()
         self.evaluated: Evaluation | None = None
 
     def resume_or_start(self) -> None:
         """Take up the newest checkpoint, or begin with fresh weights.
 
         Raises:
-            UserError: the checkpoint is another config's, or none can be read.
+            UserError: the checkpoint is another config's, or none can be read; the training does
+                not fit on a device.
         """
         state = self.trainer.initial_state()
         found = self.last.restore_newest(state, self.hash)
-        changes = self.directory.claim(flatten(self.config), environment.record())
-        if changes:
-            self.reporter.say(
-                f"Begun elsewhere: {'; '.join(changes)}. The training goes on, but need not end "
-                "bitwise as it would have there."
-            )
         lines: list[dict[str, Any]] = []
         if found is not None:
             state, lines = found.state, found.record["history"]
@@ -246,25 +240,37 @@ class _Run:
                 if self.position.epoch < epochs
                 else f"Resumed after the last of {epochs} epochs."
             )
+        self.trainer.load(state)
+        self._compile()
+        # Not before: a run that does not fit leaves the workdir to one that does.
+        changes = self.directory.claim(flatten(self.config), environment.record())
+        if changes:
+            self.reporter.say(
+                f"Begun elsewhere: {'; '.join(changes)}. The training goes on, but need not end "
+                "bitwise as it would have there."
+            )
         # One that was saved after the newest checkpoint will be saved again, bit by bit.
         self.best.forget_above(self.position.epoch)
         self.history = History(self.directory.path / self.name / "metrics.jsonl", lines)
-        self.trainer.load(state)
+
+    def _compile(self) -> None:
+        first, epochs = self.position.epoch, self.config.train.epochs
+        if first < epochs:
+            self.reporter.log("compiling the training program")
+            self.trainer.compile(first, epochs - 1)
+            self.reporter.say(
+                f"Compiled in {self.trainer.compile_seconds:.1f} s; estimated memory of a device: "
+                f"{describe(self.trainer.memory_bytes())}."
+            )
 
     def go_on(self) -> None:
         """Train to the last epoch, evaluating and saving on the way."""
         position, epochs = self.position, self.config.train.epochs
         if position.epoch < epochs:
-            self.reporter.log("compiling the training program")
-            self.trainer.compile(position.epoch, epochs - 1)
-            self.reporter.say(
-                f"Compiled in {self.trainer.compile_seconds:.1f} s; estimated memory of a device: "
-                f"{describe(self.trainer.memory_bytes())}."
-            )
             self.reporter.start_progress(epochs, position.epoch)
         while position.epoch < epochs:
             self._epoch()
-        self.evaluated = self.evaluated or self.trainer.evaluate()
+        self.evaluated = self.evaluated or self.trainer.evaluate(epochs - 1)
 
     def _epoch(self) -> None:
         position, steps = self.position, self.trainer.steps_per_epoch
@@ -300,7 +306,7 @@ class _Run:
         text += f"accuracy {means['accuracy']:.4f}"
         self.evaluated = None
         if done % config.train.evaluate_every == 0 or done == config.train.epochs:
-            self.evaluated = self.trainer.evaluate()
+            self.evaluated = self.trainer.evaluate(position.epoch)
             line["test_accuracy"] = self.evaluated.top1
             line["test_loss"] = self.evaluated.loss
             text += f" test {self.evaluated.top1:.4f}"
@@ -310,9 +316,13 @@ class _Run:
         self.reporter.advance(
             done, f"{text}, {line['images_per_second']:.0f} images/s, {duration(left)} left"
         )
-        if self.evaluated is not None and self.evaluated.top1 > self.best_accuracy:
-            self.best_accuracy, self.best_epoch = self.evaluated.top1, done
+        # With real weights it is not the network that is asked for.
+        candidate = None if self.trainer.real_weights(done - 1) else self.evaluated
+        if candidate is not None and candidate.top1 > self.best_accuracy:
+            self.best_accuracy, self.best_epoch = candidate.top1, done
             self.best.save(done, self.trainer.host_state(), self._record())
+            # A newer checkpoint must not tell of a best one that is not on the disk.
+            self.best.wait()
         self._save()
 
     def _record(self) -> dict[str, Any]:
@@ -334,6 +344,7 @@ class _Run:
         assert self.evaluated is not None
         return {
             "epochs": self.config.train.epochs,
+            "split": self.config.evaluate.split,
             "seconds": sum(line["seconds"] for line in self.history.lines),
             "test": {
                 key: value

@@ -100,8 +100,16 @@ def update(
         return optax.apply_updates(params, updates), state
 
 
-def moving_average(average: Any, params: Any, decay: float) -> Any:
-    """Return decay * average + (1 - decay) * params, leaf by leaf."""
-    return jax.tree.map(
-        lambda a, p: jnp.float32(decay) * a + jnp.float32(1 - decay) * p, average, params
-    )
+def moving_average(average: Any, values: Any, decay: float, step: jax.Array) -> Any:
+    """Return d * average + (1 - d) * values, leaf by leaf.
+
+    Args:
+        average: tree of f32 arrays.
+        values: the same tree.
+        decay: d after many steps; before, it is at most (1 + step) / (10 + step), so that the
+            first weights are soon forgotten.
+        step: int32[], updates before this one.
+    """
+    count = step.astype(jnp.float32)
+    d = jnp.minimum(jnp.float32(decay), (1 + count) / (10 + count))
+    return jax.tree.map(lambda a, v: d * a + (1 - d) * v, average, values)

@@ -35,7 +35,8 @@ class TrainState:
         params: of `network.init`.
         batch_stats: running averages of BN.
         optimizer: optax state.
-        average: moving average of `params`, or None.
+        average: moving average of `params` and `batch_stats`, under these names, or None. The
+            averaged weights have other signs, and so other statistics, than the last ones.
         means: f32[classes, H, W, C], class means of the features, or None.
         parent: {"params", "batch_stats", "optimizer"} of a float parent trained beside the child
             (`parent_kernel`), or None.
@@ -194,7 +195,12 @@ def make_batch_step(
         )
         average = state.average
         if settings.average_decay:
-            average = train_optimizer.moving_average(average, params, settings.average_decay)
+            average = train_optimizer.moving_average(
+                average,
+                {"params": params, "batch_stats": stats},
+                settings.average_decay,
+                state.step,
+            )
         means = state.means
         if loss.center_weight:
             means = losses.update_means(means, outputs.features, labels, AXIS)

@@ -71,6 +71,10 @@ def network_settings(
     )
 
 
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 @dataclasses.dataclass
 class EpochSums:
     """Sums of metrics over the steps of an epoch that were done.
@@ -212,7 +216,7 @@ class Trainer:
             parent = {**beside, "optimizer": self._parent_optimizer.init(beside["params"])}
         if self._config.train.average_decay:
             # A sum, not the same arrays: a state is donated, and nothing twice.
-            average = jax.tree.map(lambda p: p + 0, params)
+            average = jax.tree.map(lambda leaf: leaf + 0, variables)
         return TrainState(
             params=params,
             batch_stats=variables["batch_stats"],
@@ -243,8 +247,12 @@ class Trainer:
         """Return the state as numpy arrays."""
         return to_host(self._state)
 
+    def real_weights(self, epoch: int) -> bool:
+        """Tell whether an epoch belongs to the first part of two-step training."""
+        return bool(epoch < self._config.train.real_weights_epochs)
+
     def _train_program(self, epoch: int) -> Any:
-        real = epoch < self._config.train.real_weights_epochs
+        real = self.real_weights(epoch)
         settings = self._step_settings(real)
         step = make_batch_step(settings, self._optimizer, self._parent_optimizer)
         return self._feed.program(self._compiled, ("train", real), settings, step, self._state)
@@ -287,10 +295,10 @@ class Trainer:
     def _fixed_bytes(self) -> dict[str, int]:
         """Return what a device holds whatever the program needs."""
         state = jax.eval_shape(self._make_state, *[jax.eval_shape(lambda: jax.random.key(0))] * 2)
+        means = _num_bytes(state.means)
         return {
-            "weights and optimizer": sum(
-                leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
-            ),
+            "weights and optimizer": _num_bytes(state) - means,
+            "class means": means,
             "data": self._feed.device_bytes(),
         }
 
@@ -338,18 +346,20 @@ class Trainer:
         with jax.numpy_dtype_promotion("standard"):
             return float(schedule(step))
 
-    def evaluate(self) -> evaluate.Evaluation:
-        """Count the answers on the test split, with the moving average where there is one.
+    def evaluate(self, epoch: int) -> evaluate.Evaluation:
+        """Count the answers on the split to evaluate, with the moving average where there is one.
+
+        Args:
+            epoch: the last that was trained, from 0; in the first part of two-step training the
+                network has real weights.
 
         Raises:
-            UserError: it needs more memory than a device has.
+            UserError: it needs more memory than a device has, or the answers are not finite.
         """
-        average = self._config.train.average_decay
-        variables = {
-            "params": self._state.average if average else self._state.params,
-            "batch_stats": self._state.batch_stats,
-        }
+        state = self._state
+        variables = state.average or {"params": state.params, "batch_stats": state.batch_stats}
         batch = self._config.evaluate.batch_size
+        settings = self._step_settings(self.real_weights(epoch)).network
         with exhaustion_explained("config.evaluate.batch_size"):
-            counts = self._feed.count(self._compiled, self._settings, batch, variables)
+            counts = self._feed.count(self._compiled, settings, batch, variables)
         return evaluate.evaluation(counts, self._feed.facts.num_test)

@@ -176,3 +176,11 @@ def test_exactly_what_decides_a_result_changes_the_hash(key, phase):
     other = OF_TRAINING if phase == "search" else OF_SEARCH
     same = configs.keys_hash(configs.deciding_keys(config, phase)) == before
     assert same == (key in INDIFFERENT | other)
+
+
+@pytest.mark.parametrize("mode", ["search", "pipeline"])
+def test_a_genotype_is_not_searched(mode):
+    config = configs.base_config()
+    config.update(mode=mode, genotype="DARTS_V2")
+    with pytest.raises(UserError, match=f"config.genotype is 'DARTS_V2'; with the mode {mode}"):
+        configs.validate(config, num_devices=1)

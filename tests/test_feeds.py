@@ -93,7 +93,7 @@ def test_every_example_of_a_stream_is_counted_once(config):
     trainer, feed = trainer_of(config)
     state = trainer.initial_state()
     trainer.load(state)
-    found = trainer.evaluate()
+    found = trainer.evaluate(0)
     # By hand: one example after the other, in numpy but for the network itself.
     mean, std = (np.asarray(value)[0] for value in feed._statistics)
     network = Network(trainer._settings)

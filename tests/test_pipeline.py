@@ -105,6 +105,33 @@ def test_nothing_is_run_twice(config, tmp_path, monkeypatch):
     assert timeless(tmp_path) == before
 
 
+def test_another_checkpoint_is_evaluated_anew(config, tmp_path):
+    put_search(config, tmp_path)
+    run(config, tmp_path)
+    path = tmp_path / "train/evaluation.json"
+    assert json.loads(path.read_text())["checkpoint"] == "last"
+    config.evaluate.checkpoint = "best"
+    run(config, tmp_path)
+    assert json.loads(path.read_text())["checkpoint"] == "best"
+
+
+def test_an_evaluation_in_the_middle_of_training_is_not_the_last_word(config, tmp_path):
+    put_search(config, tmp_path)
+    run(config, tmp_path)
+    path = tmp_path / "train/evaluation.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({**value, "epoch": 0, "top1": -1.0}))
+    run(config, tmp_path)
+    assert json.loads(path.read_text()) == value
+
+
+def test_a_genotype_without_the_results_of_its_search(config, tmp_path):
+    put_search(config, tmp_path)
+    (tmp_path / "results.json").unlink()
+    assert "Seconds: train" in run(config, tmp_path)
+    assert "search" not in json.loads((tmp_path / "results.json").read_text())
+
+
 def test_a_run_that_stopped_before_the_parent_goes_on_there(config, tmp_path, monkeypatch):
     put_search(config, tmp_path / "whole")
     run(config, tmp_path / "whole")

@@ -29,6 +29,7 @@ from reads import note_reads
 from cpnas_jax import config as configs
 from cpnas_jax import environment, modes, train_step
 from cpnas_jax import train as train_module
+from cpnas_jax.models import losses
 from cpnas_jax.models.network import Network
 from cpnas_jax.models.summary import summarise
 from cpnas_jax.runtime.checkpoints import digest
@@ -164,7 +165,7 @@ def test_evaluation_counts_every_example_once_with_running_averages(config):
     trainer = trainer_of(config)
     state = trainer.initial_state()
     trainer.load(state)
-    found = trainer.evaluate()
+    found = trainer.evaluate(0)
     split, pixels = PARTS["test"], PARTS["train"].images / 255.0
     images = ((split.images / 255.0 - pixels.mean()) / pixels.std()).astype(np.float32)
     network = Network(network_settings(config, GENOTYPE, 6, binary=True))
@@ -248,6 +249,28 @@ def test_two_step_training_begins_with_real_weights(config):
     assert second == same
 
 
+def test_an_evaluation_is_of_the_network_that_is_trained(config):
+    """With real weights in the first part, with their signs in the second."""
+    config.train.update(real_weights_epochs=1, average_decay=0.0)
+    trainer = trainer_of(config)
+    state = trainer.initial_state()
+
+    def losses_of(params):
+        trainer.load(state.replace(params=params))
+        return [trainer.evaluate(epoch).loss for epoch in (0, 1)]
+
+    def signs(path, leaf):
+        if not losses.is_binary_kernel(path, True):
+            return leaf
+        return np.where(leaf >= 0, 1, -1) * np.abs(leaf).mean(tuple(range(leaf.ndim - 1)))
+
+    real, one_bit = losses_of(state.params)
+    assert real != pytest.approx(one_bit, rel=1e-4)
+    # Weights that are their own scaled signs are the same network in both parts.
+    binarized = jax.tree_util.tree_map_with_path(signs, state.params)
+    assert losses_of(binarized) == pytest.approx([one_bit, one_bit], rel=1e-4)
+
+
 @pytest.mark.parametrize("room", [1_000_000, 8_000_000])
 def test_a_training_that_does_not_fit_is_refused_before_it_begins(
     config, tmp_path, monkeypatch, room
@@ -257,7 +280,8 @@ def test_a_training_that_does_not_fit_is_refused_before_it_begins(
     words = r"does not fit on a device: .*lower config\.train\.batch_size, config\.network\.chan"
     with pytest.raises(UserError, match=words):
         run(config, tmp_path / "run")
-    assert (tmp_path / "run/config.json").exists() == (room == 8_000_000)
+    # The workdir is still free for one that fits.
+    assert not (tmp_path / "run/config.json").exists()
     assert not (tmp_path / "run/results.json").exists()
 
 

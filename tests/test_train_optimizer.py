@@ -85,5 +85,11 @@ def test_an_unknown_optimizer():
 
 
 def test_moving_averages():
-    found = train_optimizer.moving_average({"a": jnp.asarray(1.0)}, {"a": jnp.asarray(3.0)}, 0.75)
-    assert float(found["a"]) == pytest.approx(1.5)
+    def moved(step):
+        old, new = {"a": jnp.asarray(1.0)}, {"a": jnp.asarray(3.0)}
+        return float(train_optimizer.moving_average(old, new, 0.75, jnp.int32(step))["a"])
+
+    assert moved(1000) == pytest.approx(0.75 * 1 + 0.25 * 3)
+    # At first it hardly remembers.
+    assert moved(0) == pytest.approx(0.1 * 1 + 0.9 * 3)
+    assert moved(8) == pytest.approx(0.5 * 1 + 0.5 * 3)

@@ -7,7 +7,8 @@
 H are the child's float latent filters, H_hat = a sign(H) their scaled signs, f_s the last feature
 map, fbar the mean feature map of a class. The paper publishes neither coefficients nor what is
 averaged; both are ours: each term has a weight, the feature term is a mean over elements and
-batch, and fbar is an exponential moving average without gradient.
+batch, and fbar is an exponential moving average without gradient that begins with the mean of the
+first batch with the class.
 """
 
 from typing import Any
@@ -54,13 +55,6 @@ def is_binary_kernel(path: tuple[Any, ...], binary_preprocess: bool) -> bool:
     if keys[-1] != "kernel" or not keys[0].startswith("cells"):
         return False
     return binary_preprocess or not keys[1].startswith("preprocess")
-
-
-def binary_kernel_mask(params: Any, binary_preprocess: bool) -> Any:
-    """Return a tree of booleans: which parameters are latent binary kernels."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: is_binary_kernel(path, binary_preprocess), params
-    )
 
 
 def binary_kernels(params: Any, binary_preprocess: bool) -> dict[tuple[str, ...], jax.Array]:
@@ -113,19 +107,27 @@ def _over_last(scale: jax.Array, kernel: jax.Array) -> jax.Array:
 def center(features: jax.Array, labels: jax.Array, means: jax.Array) -> jax.Array:
     """Return the second term of eq. 4.18 without lambda: half the mean squared distance, f32[].
 
+    Classes that were not seen yet, whose means are zeros, add nothing.
+
     Args:
         features: f32[N, H, W, C], f_s.
         labels: int32[N].
         means: f32[classes, H, W, C], fbar; without gradient.
     """
     chex.assert_equal_shape([features[0], means[0]])
-    return 0.5 * jnp.mean(jnp.square(features - lax.stop_gradient(means)[labels]))
+    distances = jnp.square(features - lax.stop_gradient(means)[labels])
+    return 0.5 * jnp.mean(jnp.where(_seen(means)[labels], distances, 0))
+
+
+def _seen(means: jax.Array) -> jax.Array:
+    """Tell which classes have a mean, bool[classes, 1, 1, 1]."""
+    return jnp.any(means != 0, axis=(1, 2, 3), keepdims=True)
 
 
 def update_means(
     means: jax.Array, features: jax.Array, labels: jax.Array, axis_name: str | None = None
 ) -> jax.Array:
-    """Move the class means towards those of a batch; classes absent from it keep theirs.
+    """Move the class means towards those of a batch, or begin with it; absent classes keep theirs.
 
     Args:
         means: f32[classes, H, W, C].
@@ -139,5 +141,5 @@ def update_means(
     if axis_name is not None:
         sums, counts = lax.psum((sums, counts), axis_name)
     batch = sums / jnp.maximum(counts, 1)[:, None, None, None]
-    moved = CENTER_DECAY * means + (1 - CENTER_DECAY) * batch
+    moved = jnp.where(_seen(means), CENTER_DECAY * means + (1 - CENTER_DECAY) * batch, batch)
     return jnp.where(counts[:, None, None, None] > 0, moved, means)

@@ -229,15 +229,23 @@ class Checkpoints:
                 "free space, then the same command resumes from the one before"
             ) from error
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Finish the save under way.
 
         Raises:
             UserError: it cannot be written.
         """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish the save under way; nothing can be saved afterwards.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         try:
-            with self._writing():
-                self._manager.wait_until_finished()
+            self.wait()
         finally:
             self._manager.close()
 

@@ -48,9 +48,10 @@ class Reporter:
             self.say(f"[{time.monotonic() - self._started:8.1f} s] {text}")
 
     def start_progress(self, total: int, completed: int) -> None:
-        """Begin the progress line over `total` sampled epochs."""
+        """Begin the progress line of a phase over `total` epochs; that of the phase before ends."""
         if not self.on_terminal:
             return
+        self._stop_progress()
         self._progress = Progress(
             TextColumn("[progress.description]{task.description}"),
             BarColumn(bar_width=20),
@@ -77,5 +78,9 @@ class Reporter:
         traceback: TracebackType | None,
     ) -> None:
         """Take the progress line away, so that an error is not printed into it."""
+        self._stop_progress()
+
+    def _stop_progress(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+        self._progress = None

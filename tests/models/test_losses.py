@@ -101,6 +101,17 @@ def test_means_of_absent_classes_stay():
     np.testing.assert_array_equal(found[2], [1, 1])
 
 
+def test_a_class_begins_with_the_mean_of_its_first_batch():
+    features = jnp.asarray(np.arange(8, dtype=np.float32).reshape(4, 1, 1, 2))
+    labels = jnp.asarray([1, 1, 0, 1], jnp.int32)
+    means = jnp.zeros((3, 1, 1, 2)).at[0].set(1)
+    # Before, only the class that has a mean counts: 3^2 + 4^2 of eight elements.
+    assert float(losses.center(features, labels, means)) == pytest.approx(0.5 * (9 + 16) / 8)
+    found = np.asarray(losses.update_means(means, features, labels))[:, 0, 0]
+    np.testing.assert_allclose(found[1], [8 / 3, 11 / 3], rtol=1e-6)
+    np.testing.assert_array_equal(found[2], [0, 0])
+
+
 def test_means_of_devices_are_those_of_their_whole_batch():
     generator = np.random.default_rng(0)
     features = jnp.asarray(generator.normal(size=(2, 3, 1, 1, 2)), jnp.float32)

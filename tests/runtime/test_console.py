@@ -1,6 +1,7 @@
 """What people see: plain lines in a file, a progress line on a terminal."""
 
 import io
+import sys
 
 import pytest
 from rich.console import Console
@@ -92,3 +93,17 @@ def test_a_reporter_of_its_own_writes_to_stdout(capsys):
         reporter.say("a line")
         reporter.start_progress(2, 1)
     assert capsys.readouterr().out == "a line\n"
+
+
+def test_the_progress_line_of_a_phase_ends_with_the_next():
+    file = io.StringIO()
+    console = Console(force_terminal=True, file=file, width=80, _environ={"TERM": "xterm"})
+    before = sys.stdout
+    with Reporter(console) as reporter:
+        for total in (5, 3, 2):
+            reporter.start_progress(total, 0)
+            reporter.advance(total, "done")
+    assert sys.stdout is before
+    text = file.getvalue()
+    # The cursor is hidden and shown again three times.
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 3

@@ -66,7 +66,7 @@ def trainer_of(config):
 
 def test_a_killed_stream_goes_on_bitwise(config, tmp_path, monkeypatch):
     text = run(config, tmp_path / "whole")
-    assert f"{photos.TRAIN} training and {photos.VALIDATION} test images of 8x8x3" in text
+    assert f"{photos.TRAIN} training and {photos.VALIDATION} validation images of 8x8x3" in text
     config.runtime.checkpoint_every = 1
     calls = []
     step = feeds.StreamFeed.train

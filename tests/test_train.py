@@ -4,6 +4,7 @@ Compiling is what takes time: programs of equal settings come from a cache of th
 training serves all tests that only look at what it wrote.
 """
 
+import dataclasses
 import io
 import json
 import math
@@ -29,7 +30,6 @@ from reads import note_reads
 from cpnas_jax import config as configs
 from cpnas_jax import environment, modes, train_step
 from cpnas_jax import train as train_module
-from cpnas_jax.models import losses
 from cpnas_jax.models.network import Network
 from cpnas_jax.models.summary import summarise
 from cpnas_jax.runtime.checkpoints import digest
@@ -160,21 +160,31 @@ def test_every_key_of_a_training_is_read(trained):
     assert READ_ELSEWHERE - trained.read  # a record of all keys is no use of them
 
 
+def logits_of(settings, state):
+    """A network's answers to the test images, in one batch."""
+    pixels = PARTS["train"].images / 255.0
+    images = ((PARTS["test"].images / 255.0 - pixels.mean()) / pixels.std()).astype(np.float32)
+    whole = jax.jit(
+        lambda variables, images: Network(settings).apply(variables, images, train=False).logits,
+        compiler_options=QUICK,
+    )
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return np.asarray(whole(variables, images))
+
+
+def loss_of(logits):
+    own = logits[np.arange(37), PARTS["test"].labels]
+    return np.mean(np.log(np.exp(logits).sum(axis=1)) - own)
+
+
 def test_evaluation_counts_every_example_once_with_running_averages(config):
     config.train.average_decay = 0.0
     trainer = trainer_of(config)
     state = trainer.initial_state()
     trainer.load(state)
     found = trainer.evaluate(0)
-    split, pixels = PARTS["test"], PARTS["train"].images / 255.0
-    images = ((split.images / 255.0 - pixels.mean()) / pixels.std()).astype(np.float32)
-    network = Network(network_settings(config, GENOTYPE, 6, binary=True))
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    whole = jax.jit(
-        lambda variables, images: network.apply(variables, images, train=False).logits,
-        compiler_options=QUICK,
-    )
-    logits = np.asarray(whole(variables, images))
+    split = PARTS["test"]
+    logits = logits_of(network_settings(config, GENOTYPE, 6, binary=True), state)
     answers = logits.argmax(axis=1)
     expected = np.zeros((6, 6), int)
     np.add.at(expected, (split.labels, answers), 1)
@@ -182,9 +192,7 @@ def test_evaluation_counts_every_example_once_with_running_averages(config):
     assert found.top1 == pytest.approx((answers == split.labels).mean())
     top5 = np.argsort(-logits, axis=1)[:, :5]
     assert found.top5 == pytest.approx((top5 == split.labels[:, None]).any(axis=1).mean())
-    own = logits[np.arange(37), split.labels]
-    loss = np.mean(np.log(np.exp(logits).sum(axis=1)) - own)
-    assert found.loss == pytest.approx(loss, rel=1e-5)
+    assert found.loss == pytest.approx(loss_of(logits), rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(config):
@@ -255,20 +263,14 @@ def test_an_evaluation_is_of_the_network_that_is_trained(config):
     trainer = trainer_of(config)
     state = trainer.initial_state()
 
-    def losses_of(params):
-        trainer.load(state.replace(params=params))
-        return [trainer.evaluate(epoch).loss for epoch in (0, 1)]
-
-    def signs(path, leaf):
-        if not losses.is_binary_kernel(path, True):
-            return leaf
-        return np.where(leaf >= 0, 1, -1) * np.abs(leaf).mean(tuple(range(leaf.ndim - 1)))
-
-    real, one_bit = losses_of(state.params)
-    assert real != pytest.approx(one_bit, rel=1e-4)
-    # Weights that are their own scaled signs are the same network in both parts.
-    binarized = jax.tree_util.tree_map_with_path(signs, state.params)
-    assert losses_of(binarized) == pytest.approx([one_bit, one_bit], rel=1e-4)
+    trainer.load(state)
+    one_bit = network_settings(config, GENOTYPE, 6, binary=True)
+    operations = dataclasses.replace(one_bit.operations, binary_weights=False)
+    real = dataclasses.replace(one_bit, operations=operations)
+    expected = [loss_of(logits_of(network, state)) for network in (real, one_bit)]
+    assert expected[0] != pytest.approx(expected[1], rel=1e-4)
+    found = [trainer.evaluate(epoch).loss for epoch in (0, 1)]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("room", [1_000_000, 8_000_000])

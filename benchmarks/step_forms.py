@@ -7,10 +7,10 @@ import optax
 
 from cpnas_jax.models import layers, supernet
 from cpnas_jax.models.edges import EDGE_GROUPS
+from cpnas_jax.models.losses import cross_entropy
 from cpnas_jax.models.operations import Preprocess, apply_module, make_operation
 from cpnas_jax.models.space import EDGES, NUM_EDGES, NUM_INPUTS, NUM_NODES, OPERATIONS
 from cpnas_jax.path_optimizer import OptimizerSettings, PathOptimizer
-from cpnas_jax.search_step import cross_entropy
 
 OPTIMIZER = OptimizerSettings(
     learning_rate=0.1,

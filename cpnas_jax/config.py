@@ -85,7 +85,7 @@ def base_config() -> config_dict.ConfigDict:
     network.learnable_prelu = False  # PReLU with shifts for each channel (ReActNet)
 
     config.train = train = config_dict.ConfigDict()
-    train.examples = 0  # use so many of the train split, an equal share a class; 0 uses all
+    train.examples = 0  # as search.examples; of a stream the first so many
     train.epochs = 600  # [paper]
     train.batch_size = 128  # global, over all devices [paper]
     train.learning_rate = 1e-3  # of the child, by Adam; cosine to 0 [kin]
@@ -107,6 +107,7 @@ def base_config() -> config_dict.ConfigDict:
 
     config.evaluate = evaluate = config_dict.ConfigDict()
     evaluate.split = "test"  # what `evaluate`, and training on its way, count [ours]
+    evaluate.examples = 0  # use so many of that split, as train.examples; 0 uses all [ours]
     evaluate.checkpoint = "last"  # last, as nothing chose it by the test split, or best [ours]
     evaluate.batch_size = 256  # global, over all devices [ours]
 
@@ -179,8 +180,12 @@ def apply_argument(
 def shrink(config: config_dict.ConfigDict) -> None:
     """Turn a config into a smoke test: every part of a phase, in about a minute on one CPU."""
     # The ImageNet stem halves three times, the cells twice.
-    config.dataset.image_size = 32 if config.network.stem == "imagenet" else 8
-    config.dataset.crop_padding = 1
+    dataset = config.dataset
+    dataset.image_size = 32 if config.network.stem == "imagenet" else 8
+    dataset.crop_padding = min(dataset.crop_padding, 1)
+    dataset.cutout = min(dataset.cutout, 2)
+    if dataset.stream:
+        config.train.examples, config.evaluate.examples = 1024, 512
     config.search.update(
         rounds=1,
         operations=("none", "max_pool_3x3", "skip_connect", "sep_conv_3x3"),
@@ -191,7 +196,6 @@ def shrink(config: config_dict.ConfigDict) -> None:
         score_batch_size=32,
         separable_repeats=1,
     )
-    config.dataset.cutout = 2
     config.network.update(cells=3, channels=4, separable_repeats=1)
     config.train.update(epochs=2, batch_size=32, evaluate_every=1, warmup_epochs=0)
     config.evaluate.batch_size = 32

@@ -114,6 +114,7 @@ RULES = {
     "train.average_decay": Rule(lambda v: _is_number(v) and 0 <= v < 1, "in [0, 1)"),
     "train.evaluate_every": _integer(1),
     "evaluate.split": Rule(lambda v: isinstance(v, str) and v != "", "the name of a split"),
+    "evaluate.examples": _integer(0),
     "evaluate.checkpoint": _one_of(("last", "best")),
     "evaluate.batch_size": _integer(1),
     "runtime.checkpoint_every": _integer(0),

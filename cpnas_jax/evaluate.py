@@ -14,12 +14,12 @@ import numpy as np
 from jax import lax
 
 from cpnas_jax.data.augment import normalise
+from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import scoring_indices
 from cpnas_jax.models.losses import cross_entropy_sum
 from cpnas_jax.models.network import Network, NetworkSettings, Outputs
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.parallel import AXIS
-from cpnas_jax.search_step import Examples
 
 TOP = 5
 

@@ -17,6 +17,7 @@ from ml_collections import config_dict
 
 from cpnas_jax import evaluate
 from cpnas_jax.data.datasets import Split, channel_statistics, limit_examples, load_split
+from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.stream import Stream, open_stream, placed_ahead
 from cpnas_jax.models.network import NetworkSettings
 from cpnas_jax.runtime.errors import UserError
@@ -26,7 +27,6 @@ from cpnas_jax.runtime.parallel import (
     replicate,
     to_host,
 )
-from cpnas_jax.search_step import Examples
 from cpnas_jax.train_step import (
     BatchStep,
     StepSettings,
@@ -117,18 +117,21 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
                 "config.dataset.image_size is 0; with config.dataset.stream it must be the side "
                 "of the network's images, such as 224"
             )
-        if config.train.examples:
-            raise UserError(
-                f"config.train.examples is {config.train.examples}; with config.dataset.stream it "
-                "must be 0, as a stream is read whole"
-            )
         options = (dataset.data_dir or None, dataset.image_size)
-        streams = [open_stream(dataset.name, name, *options) for name in ("train", split)]
+        streams = [
+            open_stream(dataset.name, name, *options).limited(config[part].examples, key)
+            for name, part, key in (
+                ("train", "train", "train.examples"),
+                (split, "evaluate", "evaluate.examples"),
+            )
+        ]
         return StreamFeed(streams[0], streams[1], config)
     options = (dataset.data_dir or None, dataset.image_size or None)
     train, test = (load_split(dataset.name, name, *options) for name in ("train", split))
-    count = config.train.examples
-    return ResidentFeed(limit_examples(train, count, config.seed, "train.examples"), test)
+    return ResidentFeed(
+        limit_examples(train, config.train.examples, config.seed, "train.examples"),
+        limit_examples(test, config.evaluate.examples, config.seed, "evaluate.examples"),
+    )
 
 
 class ResidentFeed:

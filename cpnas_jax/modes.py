@@ -8,7 +8,6 @@ from ml_collections import config_dict
 
 from cpnas_jax import evaluate as evaluation
 from cpnas_jax.architecture.genotype import Genotype
-from cpnas_jax.config import deciding_keys
 from cpnas_jax.data.datasets import describe
 from cpnas_jax.feeds import Feed, open_feed
 from cpnas_jax.models.summary import Summary, summarise, table
@@ -16,7 +15,14 @@ from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.workdir import Workdir
-from cpnas_jax.train import check_cells, directory_name, resolve_genotype, training_hash
+from cpnas_jax.train import (
+    begun,
+    check_cells,
+    directory_name,
+    refuse_other,
+    resolve_genotype,
+    training_hash,
+)
 from cpnas_jax.trainer import Trainer, network_settings
 
 
@@ -27,18 +33,21 @@ def summary_mode(
     genotype = resolve_genotype(config, workdir)
     with Workdir(workdir) as directory:
         binary = config.network.precision == "binary"
+        if begun(directory):
+            refuse_other(config, directory, "evaluate.split", "evaluate.examples")
+            check_cells(directory, directory_name(binary), genotype)
         reporter.say(table(write_summary(config, directory, genotype, binary=binary)))
 
 
 def write_summary(
     config: config_dict.ConfigDict, directory: Workdir, genotype: Genotype, *, binary: bool
 ) -> Summary:
-    """Write `summary.json` of a network, and return what is in it."""
+    """Write `summary.json`, or a parent's `summary_parent.json`, and return what is in it."""
     dataset = config.dataset
     shape, classes = describe(dataset.name, dataset.data_dir or None, dataset.image_size or None)
     settings = network_settings(config, genotype, classes, binary=binary)
     summary = summarise(settings, shape)
-    directory.write_json("summary.json", summary.to_dict())
+    directory.write_json("summary.json" if binary else "summary_parent.json", summary.to_dict())
     return summary
 
 
@@ -48,9 +57,7 @@ def evaluate_mode(
     """Count the answers of a trained network over a split; see `evaluate_network`."""
     genotype = resolve_genotype(config, workdir)
     with Workdir(workdir) as directory:
-        keys = deciding_keys(config, "train")
-        del keys["evaluate.split"]
-        directory.refuse_other(keys)
+        refuse_other(config, directory, "evaluate.split", "evaluate.examples")
         binary = config.network.precision == "binary"
         check_trained(config, directory, binary=binary)
         with contextlib.closing(open_feed(config)) as feed:

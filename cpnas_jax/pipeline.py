@@ -6,14 +6,13 @@ import os
 from ml_collections import config_dict
 
 from cpnas_jax.architecture.genotype import Genotype
-from cpnas_jax.config import deciding_keys
 from cpnas_jax.feeds import Feed, open_feed
 from cpnas_jax.models.summary import totals_text
 from cpnas_jax.modes import evaluate_network, evaluated, write_summary
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.workdir import Workdir
 from cpnas_jax.search import search_in
-from cpnas_jax.train import directory_name, finished, train_network
+from cpnas_jax.train import directory_name, finished, refuse_other, train_network
 
 
 def pipeline(
@@ -30,7 +29,7 @@ def pipeline(
         UserError: see the errors of the phases.
     """
     with Workdir(workdir) as directory:
-        directory.refuse_other(deciding_keys(config, "train"))
+        refuse_other(config, directory)
         genotype = search_in(config, directory, reporter)
         _train_both(config, directory, reporter, genotype)
         costs = write_summary(config, directory, genotype, binary=True)

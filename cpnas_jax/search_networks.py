@@ -12,6 +12,7 @@ from ml_collections import config_dict
 from cpnas_jax import environment
 from cpnas_jax.architecture.sampling import SHAPE
 from cpnas_jax.data.datasets import Split, channel_statistics
+from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import weights_key
 from cpnas_jax.models import supernet
 from cpnas_jax.models.binarize import Binarizer
@@ -22,7 +23,6 @@ from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
 from cpnas_jax.search_step import (
     Call,
-    Examples,
     ModelState,
     StepSettings,
     make_score_call,

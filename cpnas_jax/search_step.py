@@ -12,12 +12,13 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 from cpnas_jax.data.augment import normalise, random_crop_flip
+from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import batch_indices, epoch_permutation, scoring_indices, step_key
 from cpnas_jax.models import supernet
+from cpnas_jax.models.losses import cross_entropy
 from cpnas_jax.models.supernet import SupernetSettings
 from cpnas_jax.path_optimizer import PathOptimizer
 from cpnas_jax.runtime.parallel import AXIS
@@ -34,23 +35,6 @@ class ModelState:
 
     params: supernet.Params
     optimizer: Any
-
-
-@flax.struct.dataclass
-class Examples:
-    """A part of a data set as it lives on a device.
-
-    Attributes:
-        images: uint8[n, H, W, C].
-        labels: int32[n].
-        mean: f32[C], of the training part, white is 1.
-        std: f32[C].
-    """
-
-    images: chex.Array
-    labels: chex.Array
-    mean: chex.Array
-    std: chex.Array
 
 
 @flax.struct.dataclass
@@ -93,11 +77,6 @@ class StepSettings:
     crop_padding: int
     flip: bool
     steps_per_epoch: int
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the mean cross-entropy: f32[N, classes], int32[N] -> f32[]."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def make_train_call(

@@ -75,11 +75,40 @@ def train(
     """
     genotype = resolve_genotype(config, workdir)
     with Workdir(workdir) as directory:
-        directory.refuse_other(deciding_keys(config, "train"))
+        refuse_other(config, directory)
         binary = config.network.precision == "binary"
         if not finished(config, directory, reporter, genotype, binary=binary):
             with contextlib.closing(open_feed(config)) as feed:
                 train_network(config, directory, reporter, genotype, feed, binary=binary)
+
+
+def begun(directory: Workdir) -> bool:
+    """Tell whether anything was trained in a workdir, child or parent."""
+    for binary in (True, False):
+        path = directory.path / directory_name(binary) / "checkpoints"
+        if path.exists() and any(child.name.isdigit() for child in path.iterdir()):
+            return True
+    return False
+
+
+def refuse_other(config: config_dict.ConfigDict, directory: Workdir, *ignored: str) -> None:
+    """Compare a config with that of the run in the workdir.
+
+    Before anything is trained there, only what a training shares with the search is compared.
+
+    Args:
+        config: validated.
+        directory: the workdir.
+        ignored: keys that are not compared.
+
+    Raises:
+        UserError: the workdir holds a run of another config; the differing keys are named.
+    """
+    keys = deciding_keys(config, "train")
+    if not begun(directory):
+        searched = deciding_keys(config)
+        keys = {key: value for key, value in keys.items() if key in searched}
+    directory.refuse_other({k: v for k, v in keys.items() if k not in ignored})
 
 
 def _cells(genotype: Genotype) -> dict[str, Any]:
@@ -94,7 +123,7 @@ def training_hash(config: config_dict.ConfigDict, genotype: Genotype, *, binary:
     precision = "binary" if binary else "float"
     keys = {**deciding_keys(config, "train"), "network.precision": precision}
     # What is evaluated on the way does not decide the weights: they answer for any split.
-    del keys["evaluate.split"]
+    del keys["evaluate.split"], keys["evaluate.examples"]
     return keys_hash({**keys, "genotype": _cells(genotype)})
 
 
@@ -243,7 +272,8 @@ class _Run:
         self.trainer.load(state)
         self._compile()
         # Not before: a run that does not fit leaves the workdir to one that does.
-        changes = self.directory.claim(flatten(self.config), environment.record())
+        own = deciding_keys(self.config, "train")
+        changes = self.directory.claim(flatten(self.config), environment.record(), own)
         if changes:
             self.reporter.say(
                 f"Begun elsewhere: {'; '.join(changes)}. The training goes on, but need not end "

@@ -17,11 +17,11 @@ from jax import lax
 
 from cpnas_jax import train_optimizer
 from cpnas_jax.data.augment import color_jitter, cutout, normalise, random_crop_flip
+from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import batch_indices, epoch_permutation, step_key
 from cpnas_jax.models import losses
 from cpnas_jax.models.network import Network, NetworkSettings, Outputs, stretches
 from cpnas_jax.runtime.parallel import AXIS
-from cpnas_jax.search_step import Examples
 
 LOSS_TERMS = ("cross_entropy", "auxiliary", "reconstruction", "center", "parent")
 """Logged apart, unweighted; `loss` is their weighted sum."""

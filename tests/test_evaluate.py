@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cpnas_jax import evaluate
+from cpnas_jax.data.examples import Examples
 from cpnas_jax.runtime.errors import UserError
-from cpnas_jax.search_step import Examples
 
 
 def counted(logits, labels):

@@ -1,5 +1,6 @@
 """Training and evaluating on a stream: every example once, resume bitwise, the same as resident."""
 
+import functools
 import io
 import json
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from cpnas_jax import config as configs
 from cpnas_jax import feeds
 from cpnas_jax.architecture.named import named_genotype
+from cpnas_jax.data import views
 from cpnas_jax.models.network import Network
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
@@ -136,6 +138,26 @@ def test_keys_that_a_stream_cannot_do_without_or_with(config):
     with pytest.raises(UserError, match=r"config\.dataset\.image_size is 0"):
         feeds.open_feed(config)
     config.dataset.image_size = SIZE
-    config.train.examples = 20
-    with pytest.raises(UserError, match=r"config\.train\.examples is 20; with .* must be 0"):
-        feeds.open_feed(config)
+    for part, count in (("train", photos.TRAIN), ("evaluate", photos.VALIDATION)):
+        config[part].examples = count + 1
+        with pytest.raises(UserError, match=rf"{part}.examples is {count + 1}; .* only {count}"):
+            feeds.open_feed(config)
+        config[part].examples = 0
+
+
+def test_a_part_of_a_stream(config):
+    """The first stored examples and no others, in every epoch; as many are evaluated as asked."""
+    config.train.examples, config.evaluate.examples = 2 * BATCH, 5
+    trainer, feed = trainer_of(config)
+    assert (feed.facts.num_train, feed.facts.num_test) == (2 * BATCH, 5)
+    assert trainer.steps_per_epoch == 2
+    batches = feed._streams[0].training_batches(
+        seed=0, epoch=0, first_step=0, batch_size=BATCH, process_index=0, process_count=1, epochs=2
+    )
+    whole = functools.partial(views.central_box, fraction=1.0)
+    reader = feed._streams[0].reader
+    stored = sorted(reader.example(row, whole, quick=True)[1] for row in range(2 * BATCH))
+    labels = np.concatenate([labels for _, labels in batches])
+    assert sorted(labels[: 2 * BATCH]) == sorted(labels[2 * BATCH :]) == stored
+    trainer.load(trainer.initial_state())
+    assert trainer.evaluate(0).examples == 5

@@ -21,13 +21,13 @@ from path_cases import (
 )
 
 from cpnas_jax.data.augment import normalise, random_crop_flip
+from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import step_key
 from cpnas_jax.models import supernet
 from cpnas_jax.path_optimizer import CHILD, PARENT, PathOptimizer
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
 from cpnas_jax.search_step import (
     Call,
-    Examples,
     ModelState,
     StepSettings,
     make_score_call,

@@ -319,6 +319,40 @@ def test_the_summary_is_written_and_told(config, tmp_path):
     assert f"{summary['parameters']['total']:,} parameters" in file.getvalue()
     config.network.precision = "float"
     modes.summary_mode(config, tmp_path / "run", reporter_to(io.StringIO()))
-    parent = json.loads((tmp_path / "run/summary.json").read_text())
+    parent = json.loads((tmp_path / "run/summary_parent.json").read_text())
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
     assert parent["parameters"]["binary"] == 0
     assert parent["parameters"]["total"] == summary["parent"]["parameters"]
+
+
+def test_another_network_is_not_summarised_into_a_run(config, trained):
+    before = (trained.workdir / "results.json").read_bytes()
+    for key, value, words in (
+        ("genotype", "DARTS_V2", "has other cells than were trained"),
+        ("network", {"channels": 8}, "holds a run of another config"),
+    ):
+        own = config.copy_and_resolve_references()
+        own.update({key: value})
+        with pytest.raises(UserError, match=words):
+            modes.summary_mode(own, trained.workdir, reporter_to(io.StringIO()))
+    assert (trained.workdir / "results.json").read_bytes() == before
+    assert not (trained.workdir / "summary.json").exists()
+
+
+def test_a_search_leaves_the_choice_of_the_network(config, tmp_path):
+    """What a training shares with the search must be the same; then its own keys are recorded."""
+    searched = config.copy_and_resolve_references()
+    searched.network.channels, searched.train.epochs = 32, 600
+    path = tmp_path / "run/config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"config": configs.flatten(searched)}))
+    config.seed = 1
+    with pytest.raises(UserError, match="differing: seed") as caught:
+        run(config, tmp_path / "run")
+    assert "channels" not in str(caught.value)
+    config.seed = 0
+    run(config, tmp_path / "run")
+    assert json.loads(path.read_text())["config"] == configs.flatten(config)
+    config.network.channels = 8
+    with pytest.raises(UserError, match=r"differing: network\.channels"):
+        run(config, tmp_path / "run")

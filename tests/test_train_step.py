@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from draws import QUICK
 
+from cpnas_jax.data.examples import Examples
 from cpnas_jax.models.network import NetworkSettings
 from cpnas_jax.runtime.parallel import AXIS
-from cpnas_jax.search_step import Examples
 from cpnas_jax.train_step import (
     LOSS_TERMS,
     LossSettings,

@@ -33,7 +33,7 @@ class Stream:
     Attributes:
         name: name of the data set.
         split: name of the split.
-        num_examples: examples of the split.
+        num_examples: examples of the split that are used.
         num_classes: number of classes of the data set.
         class_names: their names, in the order of the labels.
         image_shape: (size, size, channels) of the images it gives.
@@ -47,6 +47,23 @@ class Stream:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     reader: Reader
+
+    def limited(self, examples: int, key: str) -> "Stream":
+        """Return the stream of the first so many stored examples, which are shuffled; 0: of all.
+
+        Args:
+            examples: how many.
+            key: of the config, for the error.
+
+        Raises:
+            UserError: there are fewer.
+        """
+        if examples > self.num_examples:
+            raise UserError(
+                f"config.{key} is {examples}; split {self.split!r} of {self.name} has only "
+                f"{self.num_examples}; 0 uses all"
+            )
+        return dataclasses.replace(self, num_examples=examples) if examples else self
 
     def training_batches(
         self,

@@ -143,7 +143,7 @@ def _layers(settings: NetworkSettings, image_shape: tuple[int, int, int]) -> tup
             if not isinstance(leaf, dict)
         }
         if context.method_name == "__call__" and own:
-            found.append(_layer(module, own, arguments[0], output, settings, lengths))
+            found.append(_layer(module, own, output, settings, lengths))
         return output
 
     def trace(key: jax.Array) -> Any:
@@ -158,7 +158,6 @@ def _layers(settings: NetworkSettings, image_shape: tuple[int, int, int]) -> tup
 def _layer(
     module: nn.Module,
     own: dict[str, jax.Array],
-    x: jax.Array,
     output: jax.Array,
     settings: NetworkSettings,
     lengths: dict[str, int],

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from collections.abc import Collection
 from typing import Any
 
 from etils import epath
@@ -102,12 +103,15 @@ class Workdir:
             ) from error
         return value
 
-    def claim(self, config: dict[str, Any], record: dict[str, Any]) -> list[str]:
-        """Write `config.json`, unless it is there.
+    def claim(
+        self, config: dict[str, Any], record: dict[str, Any], own: Collection[str] = ()
+    ) -> list[str]:
+        """Write `config.json`; where it is there, only the keys of the phase that begins.
 
         Args:
             config: all keys, dotted.
             record: versions, devices and what else is worth keeping.
+            own: the keys that decide what the phase does.
 
         Returns:
             What of the record is otherwise than when the run was begun, in words.
@@ -116,6 +120,9 @@ class Workdir:
         if stored is None:
             self.write_json("config.json", {"config": config, **record})
             return []
+        changed = {**stored["config"], **{key: config[key] for key in own}}
+        if changed != stored["config"]:
+            self.write_json("config.json", {**stored, "config": changed})
         return [
             f"{key} was {stored[key]!r} and is {value!r}"
             for key, value in record.items()

@@ -1,7 +1,9 @@
 """The command line inside the test process, as a shell would call it."""
 
 import pathlib
+import signal
 import sys
+import time
 
 from absl import flags
 
@@ -23,3 +25,16 @@ def call_main(monkeypatch, *arguments):
     monkeypatch.setattr(main.environment, "cache_compiled_programs", lambda: None)
     monkeypatch.setattr(sys, "argv", ["main", *map(str, arguments)])
     return main.main(sys.argv)
+
+
+def kill_after_a_line(process, log, delay):
+    """Kill a process so many seconds after its log has one more line."""
+    before = log.read_text().count("\n") if log.exists() else 0
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.read_text().count("\n") > before:
+            break
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()

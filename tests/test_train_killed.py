@@ -5,11 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import stand_in
-from command_line import ROOT
+from command_line import ROOT, kill_after_a_line
 from small_training import GENOTYPE, SMALL
 
 from cpnas_jax.runtime.checkpoints import Checkpoints
@@ -74,16 +73,8 @@ def test_a_killed_training_ends_bitwise_as_if_it_had_not_been(start, undisturbed
     log = tmp_path / "train/metrics.jsonl"
     for number in range(kills):
         process = start(tmp_path)
-        before = log.read_text().count("\n") if log.exists() else 0
-        deadline = time.monotonic() + 200
-        while process.poll() is None and time.monotonic() < deadline:
-            if log.exists() and log.read_text().count("\n") > before:
-                break
-            time.sleep(0.01)
         # At another moment of the epoch and of the save each time.
-        time.sleep(0.03 * number)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kill_after_a_line(process, log, 0.03 * number)
         assert process.returncode == -signal.SIGKILL
     assert "Resumed " in finish(start(tmp_path))
     assert outcome(tmp_path) == outcome(undisturbed)

@@ -116,5 +116,14 @@ def main(arguments):
     return 0
 
 
+def overwrite(directory):
+    """Damage the train split of a prepared cifar10 in many places."""
+    (file,) = directory.glob("cifar10-train*")
+    content = bytearray(file.read_bytes())
+    for start in range(1000, len(content) - 200, 20000):
+        content[start : start + 100] = bytes(100)
+    file.write_bytes(content)
+
+
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -34,10 +34,10 @@ BUDGET = {
     "network.auxiliary": False,
     "network.drop_path": 0.0,
     "train.examples": 10_000,
-    "train.epochs": 8,
+    "train.epochs": 5,
     "train.batch_size": 50,
     "train.learning_rate": 1e-2,
-    "train.evaluate_every": 8,
+    "train.evaluate_every": 5,
 }
 """What every training here shares, keys of a config."""
 
@@ -50,10 +50,12 @@ def without(*keys: str) -> dict[str, float]:
 def variants(subject: str) -> dict[str, dict[str, object]]:
     """Return name -> keys for what is compared, the first is what the others are compared to."""
     if subject == "levers":
-        on = {name: {f"network.{name}": True} for name in LEVERS}
         plus = {f"network.{name}": True for name in PLUS}
+        alone = {name: {f"network.{name}": True} for name in PLUS}
         less = {f"plus without {name}": {**plus, f"network.{name}": False} for name in PLUS}
-        return {"faithful": {}, **on, "plus": plus, **less}
+        others = [name for name in LEVERS if name not in PLUS]
+        more = {f"plus with {name}": {**plus, f"network.{name}": True} for name in others}
+        return {"faithful": {}, "plus": plus, **alone, **less, **more}
     weights = {
         f"reconstruction {kernel:g}, center {center:g}": {
             "train.reconstruction_weight": kernel,

@@ -90,14 +90,15 @@ class Feed(Protocol):
     ) -> Any:
         """Return the compiled training program."""
 
-    def train(
-        self, program: Any, state: Any, call: TrainCall, batch_size: int
-    ) -> tuple[Any, dict[str, Any]]:
+    def train(self, program: Any, state: Any, call: TrainCall) -> tuple[Any, dict[str, Any]]:
         """Run the steps of a call; return the new state and the metrics' sums on the host."""
 
-    def count(
+    def counting_program(
         self, compiled: Compiled, settings: NetworkSettings, batch_size: int, variables: Any
-    ) -> dict[str, np.ndarray]:
+    ) -> Any:
+        """Return the compiled program that counts a network's answers."""
+
+    def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
         """Return the counts of `evaluate.evaluation` over the whole test split."""
 
     def close(self) -> None:
@@ -180,18 +181,17 @@ class ResidentFeed:
         )
 
     def train(
-        self, program: Any, state: TrainState, call: TrainCall, batch_size: int
+        self, program: Any, state: TrainState, call: TrainCall
     ) -> tuple[TrainState, dict[str, Any]]:
         """Run the steps of a call in one go."""
-        del batch_size
         state, found = program(state, self._train, replicate(call))
         return state, to_host(found)
 
-    def count(
+    def counting_program(
         self, compiled: Compiled, settings: NetworkSettings, batch_size: int, variables: Any
-    ) -> dict[str, np.ndarray]:
-        """Count the answers over the test split."""
-        program = compiled(
+    ) -> Any:
+        """Return the compiled program of the whole test split."""
+        return compiled(
             ("evaluate", settings),
             lambda: pmap_kept(
                 evaluate.make_evaluation_call(
@@ -201,6 +201,10 @@ class ResidentFeed:
             variables,
             self._test,
         )
+
+    def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
+        """Count the answers over the test split in one go."""
+        del batch_size
         return to_host(program(variables, self._test))
 
     def close(self) -> None:
@@ -238,18 +242,21 @@ class StreamFeed:
         self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
     ) -> Any:
         """Return the compiled program of one step."""
-        shape = (jax.local_device_count(), settings.batch_size // jax.device_count())
-        images = np.zeros((*shape, *self.facts.image_shape), np.uint8)
-        blank = Examples(images, np.zeros(shape, np.int32), *self._statistics)
         return compiled(
             name,
             lambda: pmap_donated(make_stream_call(settings, step)),
             state,
-            blank,
+            self._blank(settings.batch_size),
             replicate(_CALL),
         )
 
-    def _training_batches(self, epoch: int, step: int, batch_size: int) -> Batches:
+    def _blank(self, batch_size: int) -> Examples:
+        """Return what a batch looks like, to compile for it."""
+        shape = (jax.local_device_count(), batch_size // jax.device_count())
+        images = np.zeros((*shape, *self.facts.image_shape), np.uint8)
+        return Examples(images, np.zeros(shape, np.int32), *self._statistics)
+
+    def _training_batches(self, epoch: int, step: int) -> Batches:
         if self._batches is None or self._next != (epoch, step):
             self.close()
             dataset = self._config.dataset
@@ -257,7 +264,7 @@ class StreamFeed:
                 seed=self._config.seed,
                 epoch=epoch,
                 first_step=step,
-                batch_size=batch_size,
+                batch_size=self._config.train.batch_size,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
                 epochs=self._config.train.epochs - epoch,
@@ -274,11 +281,11 @@ class StreamFeed:
         self._batches = None
 
     def train(
-        self, program: Any, state: TrainState, call: TrainCall, batch_size: int
+        self, program: Any, state: TrainState, call: TrainCall
     ) -> tuple[TrainState, dict[str, Any]]:
         """Run the steps of a call, each on a batch of its own."""
         epoch, first, count = (int(n) for n in (call.epoch, call.first_step, call.num_steps))
-        batches = self._training_batches(epoch, first, batch_size)
+        batches = self._training_batches(epoch, first)
         found = []
         for step in range(first, first + count):
             images, labels = next(batches)
@@ -289,16 +296,27 @@ class StreamFeed:
             if jax.default_backend() == "cpu":
                 # Queued collectives of several CPU devices can wait for each other for ever.
                 jax.block_until_ready(metrics)
-        whole_epoch = first + count == self.facts.num_train // batch_size
+        whole_epoch = first + count == self.facts.num_train // self._config.train.batch_size
         self._next = (epoch + 1, 0) if whole_epoch else (epoch, first + count)
         hosts = [to_host(metrics) for metrics in found]
         sums = {name: sum(float(host[name]) for host in hosts) for name in hosts[0]}
         bad = [int(host["bad_step"]) for host in hosts if host["bad_step"] >= 0]
         return state, {**sums, "bad_step": min(bad, default=-1)}
 
-    def count(
+    def counting_program(
         self, compiled: Compiled, settings: NetworkSettings, batch_size: int, variables: Any
-    ) -> dict[str, np.ndarray]:
+    ) -> Any:
+        """Return the compiled program of one batch."""
+        blank = self._blank(batch_size)
+        return compiled(
+            ("evaluate", settings),
+            lambda: pmap_kept(evaluate.make_batch_evaluation_call(settings)),
+            variables,
+            blank,
+            np.zeros(blank.labels.shape, np.float32),
+        )
+
+    def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
         """Count the answers over the test split, batch by batch."""
         batches = self._streams[1].evaluation_batches(
             batch_size=batch_size,
@@ -310,12 +328,5 @@ class StreamFeed:
         counts: list[dict[str, np.ndarray]] = []
         for images, labels, mask in placed_ahead(batches, DEPTH):
             examples = Examples(images, labels, *self._statistics)
-            program = compiled(
-                ("evaluate", settings),
-                lambda: pmap_kept(evaluate.make_batch_evaluation_call(settings)),
-                variables,
-                examples,
-                mask,
-            )
             counts.append(to_host(program(variables, examples, mask)))
         return functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), counts)

@@ -286,11 +286,11 @@ class _Run:
     def _compile(self) -> None:
         first, epochs = self.position.epoch, self.config.train.epochs
         if first < epochs:
-            self.reporter.log("compiling the training program")
+            self.reporter.log("compiling the programs")
             self.trainer.compile(first, epochs - 1)
             self.reporter.say(
                 f"Compiled in {self.trainer.compile_seconds:.1f} s; estimated memory of a device: "
-                f"{describe(self.trainer.memory_bytes())}."
+                f"{describe(self.trainer.memory_bytes('train'))}."
             )
 
     def go_on(self) -> None:

@@ -38,6 +38,7 @@ _KNOBS = (
     "config.train.batch_size, config.network.channels, config.network.cells or the size of the "
     "images, set config.network.recompute=True, or use more devices"
 )
+_EVALUATION_KNOBS = "config.evaluate.batch_size"
 
 
 def network_settings(
@@ -282,15 +283,20 @@ class Trainer:
         return self._programs[name]
 
     def compile(self, first: int, last: int) -> None:
-        """Compile the training programs of a range of epochs; two-step training has two.
+        """Compile the programs of a range of epochs; two-step training has two of a kind.
+
+        Evaluation is among them: an epoch would be lost if it failed for the first time after one.
 
         Raises:
             UserError: one needs more memory than a device has.
         """
-        with exhaustion_explained(_KNOBS):
-            for epoch in (first, last):
+        for epoch in (first, last):
+            with exhaustion_explained(_KNOBS):
                 self._train_program(epoch)
-        check_memory(self.memory_bytes(), _KNOBS)
+            with exhaustion_explained(_EVALUATION_KNOBS):
+                self._counting_program(epoch)
+        check_memory(self.memory_bytes("train"), _KNOBS)
+        check_memory(self.memory_bytes("evaluate"), _EVALUATION_KNOBS)
 
     def _fixed_bytes(self) -> dict[str, int]:
         """Return what a device holds whatever the program needs."""
@@ -302,13 +308,19 @@ class Trainer:
             "data": self._feed.device_bytes(),
         }
 
-    def memory_bytes(self) -> dict[str, int]:
-        """Estimate what a device holds: state, data, and what the training program needs."""
+    def memory_bytes(self, kind: str) -> dict[str, int]:
+        """Estimate what a device holds: state, data, and what the programs of a kind need.
+
+        Args:
+            kind: `train` or `evaluate`; compiled before.
+        """
         needed = max(
             getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
-            for program in self._programs.values()
+            for (own, _), program in self._programs.items()
+            if own == kind
         )
-        return {**self._fixed_bytes(), "training program": needed}
+        name = {"train": "training program", "evaluate": "evaluation program"}[kind]
+        return {**self._fixed_bytes(), name: needed}
 
     def train(self, epoch: int, first_step: int, num_steps: int, sums: EpochSums) -> None:
         """Run some steps of an epoch and add their metrics to `sums`.
@@ -326,9 +338,7 @@ class Trainer:
         )
         program = self._train_program(epoch)
         with exhaustion_explained(_KNOBS):
-            self._state, host = self._feed.train(
-                program, self._state, call, self._config.train.batch_size
-            )
+            self._state, host = self._feed.train(program, self._state, call)
         if int(host["bad_step"]) >= 0:
             key = "learning_rate" if self._settings.binary else "float_learning_rate"
             raise UserError(
@@ -356,10 +366,16 @@ class Trainer:
         Raises:
             UserError: it needs more memory than a device has, or the answers are not finite.
         """
-        state = self._state
-        variables = state.average or {"params": state.params, "batch_stats": state.batch_stats}
         batch = self._config.evaluate.batch_size
-        settings = self._step_settings(self.real_weights(epoch)).network
-        with exhaustion_explained("config.evaluate.batch_size"):
-            counts = self._feed.count(self._compiled, settings, batch, variables)
+        with exhaustion_explained(_EVALUATION_KNOBS):
+            counts = self._feed.count(self._counting_program(epoch), batch, self._variables())
         return evaluate.evaluation(counts, self._feed.facts.num_test)
+
+    def _variables(self) -> Any:
+        state = self._state
+        return state.average or {"params": state.params, "batch_stats": state.batch_stats}
+
+    def _counting_program(self, epoch: int) -> Any:
+        settings = self._step_settings(self.real_weights(epoch)).network
+        batch = self._config.evaluate.batch_size
+        return self._feed.counting_program(self._compiled, settings, batch, self._variables())

@@ -73,11 +73,11 @@ def test_a_killed_stream_goes_on_bitwise(config, tmp_path, monkeypatch):
     calls = []
     step = feeds.StreamFeed.train
 
-    def killed(self, program, state, call, batch_size):
+    def killed(self, program, state, call):
         calls.append((int(call.epoch), int(call.first_step)))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return step(self, program, state, call, batch_size)
+        return step(self, program, state, call)
 
     with monkeypatch.context() as patch:
         patch.setattr(feeds.StreamFeed, "train", killed)
@@ -120,7 +120,7 @@ def test_every_example_of_a_stream_is_counted_once(config):
 
 def test_batches_are_divided_among_the_devices_in_order(config):
     _, feed = trainer_of(config)
-    images, labels = next(feed._training_batches(0, 0, BATCH))
+    images, labels = next(feed._training_batches(0, 0))
     devices = jax.local_device_count()
     assert images.shape == (devices, BATCH // devices, SIZE, SIZE, 3)
     assert images.dtype == np.uint8

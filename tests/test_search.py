@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import time
 import jax
 import pytest
 import stand_in
+from command_line import kill_after_a_line
 from rich.console import Console
 
 from cpnas_jax import config as configs
@@ -151,16 +151,8 @@ def test_a_killed_search_ends_bitwise_as_if_it_had_not_been(shell, undisturbed, 
     log = tmp_path / "search/history.jsonl"
     for number in range(kills):
         process = shell(tmp_path)
-        before = log.read_text().count("\n") if log.exists() else 0
-        deadline = time.monotonic() + 200
-        while process.poll() is None and time.monotonic() < deadline:
-            if log.exists() and log.read_text().count("\n") > before:
-                break
-            time.sleep(0.01)
         # At another moment of the epoch and of the save each time.
-        time.sleep(0.07 * number)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kill_after_a_line(process, log, delay=0.07 * number)
     with log.open("a") as file:
         file.write('{"event": "sample", "sta')
     output = finish(shell(tmp_path))

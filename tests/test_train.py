@@ -287,6 +287,18 @@ def test_a_training_that_does_not_fit_is_refused_before_it_begins(
     assert not (tmp_path / "run/results.json").exists()
 
 
+def test_an_evaluation_that_does_not_fit_is_refused_before_the_training(config, monkeypatch):
+    config.evaluate.batch_size = 8192
+    trainer = trainer_of(config)
+    trainer.load(trainer.initial_state())
+    trainer.compile(0, 0)
+    room = sum(trainer.memory_bytes("train").values())
+    assert sum(trainer.memory_bytes("evaluate").values()) > room
+    monkeypatch.setattr(environment, "device_memory", lambda: room)
+    with pytest.raises(UserError, match=r"does not fit.*; lower config\.evaluate\.batch_size"):
+        trainer.compile(0, 0)
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value", "words"),
     [

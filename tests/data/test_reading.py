@@ -83,8 +83,8 @@ def main():
     batches = opened.training_batches(seed=0, epoch=0, first_step=0, batch_size=12,
                                       process_index=0, process_count=1, epochs=100000, workers=1)
     next(batches)
-    print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
     try:
+        print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
         for _ in batches:
             pass
     except KeyboardInterrupt:

@@ -212,7 +212,7 @@ _OTHERS = {
 # Keys that do not decide a result, bit by bit: another value continues the same run.
 _INDIFFERENT = (
     "mode",
-    # The cells decide, not the place of their file; see `train.deciding`.
+    # The cells decide, not the place of their file; see `trained.training_hash`.
     "genotype",
     # Child and parent of one run have directories of their own.
     "network.precision",
@@ -302,6 +302,11 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
                 f"config.train.{name} is {config.train[name]}; it must be below "
                 f"config.train.epochs={config.train.epochs}"
             )
+    if config.train.parent_kernel and not config.train.reconstruction_weight:
+        raise UserError(
+            "config.train.parent_kernel is True; the parent's kernels matter only with "
+            "config.train.reconstruction_weight above 0"
+        )
     if config.network.stem == "imagenet" and config.network.channels < 2:
         raise UserError(
             f"config.network.channels is {config.network.channels}; with "

@@ -12,6 +12,7 @@ from cpnas_jax.models.blocks import Levers
 from cpnas_jax.models.layers import FORMULATIONS
 from cpnas_jax.models.network import STEMS
 from cpnas_jax.models.space import OPERATIONS
+from cpnas_jax.runtime.errors import UserError
 
 MODES = ("pipeline", "search", "train", "evaluate", "summary")
 OPTIMIZERS = ("sgd", "adam")
@@ -154,3 +155,14 @@ RULES = {
     "runtime.optimization_level": _one_of((0, 1, 2, 3)),
     "runtime.compilation_cache": _boolean(),
 }
+
+
+def check_fits_images(key: str, value: int, image_shape: tuple[int, ...]) -> None:
+    """See that a number of pixels is at most the side of images [height, width, channels].
+
+    Raises:
+        UserError: it is not.
+    """
+    side = min(image_shape[:2])
+    if value > side:
+        raise UserError(f"{key} is {value}; it must be at most {side}, the images' pixels a side")

@@ -11,11 +11,11 @@ from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.data.datasets import describe
 from cpnas_jax.feeds import Feed, open_feed
 from cpnas_jax.models.summary import Summary, summarise, table
-from cpnas_jax.runtime.checkpoints import Checkpoints
+from cpnas_jax.runtime.checkpoints import Checkpoints, holds_checkpoints
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.workdir import Workdir
-from cpnas_jax.train import (
+from cpnas_jax.trained import (
     begun,
     check_cells,
     directory_name,
@@ -75,11 +75,16 @@ def check_trained(config: config_dict.ConfigDict, directory: Workdir, *, binary:
     Raises:
         UserError: what to run first.
     """
-    path = _checkpoints(config, directory, binary=binary)
-    if not path.exists():
+    path, name = _checkpoints(config, directory, binary=binary), directory_name(binary)
+    if holds_checkpoints(path):
+        return
+    if name in (directory.read_json("results.json") or {}):
         raise UserError(
-            f"{path} holds no checkpoint; run the same command with the mode `train` first"
+            f"{path} holds no checkpoint of the finished training; restore it, or delete "
+            f"{directory.path / name} and {name!r} in {directory.path / 'results.json'}, then run "
+            "the same command with the mode `train`"
         )
+    raise UserError(f"{path} holds no checkpoint; run the same command with the mode `train` first")
 
 
 def evaluated(config: config_dict.ConfigDict, directory: Workdir, *, binary: bool) -> bool:
@@ -91,6 +96,8 @@ def evaluated(config: config_dict.ConfigDict, directory: Workdir, *, binary: boo
         "split": config.evaluate.split,
         "checkpoint": config.evaluate.checkpoint,
         "epoch": trained["epochs" if config.evaluate.checkpoint == "last" else "best_epoch"],
+        # `evaluate` may have been asked for fewer in between.
+        "examples": trained["test"]["examples"],
     }
     return all(found.get(key) == value for key, value in wanted.items())
 
@@ -109,6 +116,7 @@ def evaluate_network(
     Raises:
         UserError: the workdir holds no training of this config.
     """
+    check_trained(config, directory, binary=binary)
     name, path = directory_name(binary), _checkpoints(config, directory, binary=binary)
     check_cells(directory, name, genotype)
     settings = network_settings(config, genotype, feed.facts.num_classes, binary=binary)
@@ -117,8 +125,7 @@ def evaluate_network(
         found = checkpoints.restore_newest(
             trainer.initial_state(), training_hash(config, genotype, binary=binary)
         )
-    if found is None:
-        raise UserError(f"{path} holds no checkpoint; train first")
+    assert found is not None
     trainer.load(found.state)
     position = found.record["position"]
     # The last epoch of which anything was trained.

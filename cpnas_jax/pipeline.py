@@ -12,7 +12,8 @@ from cpnas_jax.modes import evaluate_network, evaluated, write_summary
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.workdir import Workdir
 from cpnas_jax.search import search_in
-from cpnas_jax.train import directory_name, finished, refuse_other, train_network
+from cpnas_jax.train import train_network
+from cpnas_jax.trained import directory_name, finished, refuse_other
 
 
 def pipeline(
@@ -39,7 +40,8 @@ def pipeline(
         results["summary"] = {key: value for key, value in summary.items() if key != "layers"}
         directory.write_json("results.json", results)
         child, parent = (
-            results[directory_name(binary)]["test"]["top1"] for binary in (True, False)
+            (directory.read_json(f"{directory_name(binary)}/evaluation.json") or {})["top1"]
+            for binary in (True, False)
         )
         # The results of a search whose genotype was brought here are elsewhere.
         seconds = {
@@ -48,7 +50,8 @@ def pipeline(
             if name in results
         }
         reporter.say(
-            f"Test accuracy: 1-bit child {child:.4f}, float parent {parent:.4f}; the child is "
+            f"Accuracy on {config.evaluate.split}, {config.evaluate.checkpoint} checkpoint: 1-bit "
+            f"child {child:.4f}, float parent {parent:.4f}; the child is "
             f"{summary['compression']:.1f} times smaller. Seconds: "
             + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
             + f". All of it is in {directory.path / 'results.json'}."

@@ -30,7 +30,7 @@ from cpnas_jax.config import config_hash, deciding_keys, flatten
 from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
 from cpnas_jax.models.space import CELL_TYPES
 from cpnas_jax.path_optimizer import CHILD, PARENT
-from cpnas_jax.runtime.checkpoints import Checkpoints
+from cpnas_jax.runtime.checkpoints import Checkpoints, holds_checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.memory import describe
@@ -103,7 +103,7 @@ def search(
 def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Reporter) -> Genotype:
     """Do what `search` does, in a workdir that is open already."""
     started = environment.process_start()
-    directory.refuse_other(deciding_keys(config))
+    _refuse_other(config, directory)
     genotype = _finished(directory, config)
     if genotype is not None:
         reporter.say(f"The search in {directory.path} is finished; nothing is run again.")
@@ -126,6 +126,22 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         run.resume_or_start()
         run.go_on()
     return run.finish(train.name)
+
+
+def _refuse_other(config: config_dict.ConfigDict, directory: Workdir) -> None:
+    """Compare a config with that of the run in the workdir.
+
+    Before anything is searched there, only what a search shares with a training is compared.
+
+    Raises:
+        UserError: the workdir holds a run of another config; the differing keys are named.
+    """
+    keys = deciding_keys(config)
+    searched = holds_checkpoints(directory.path / "search" / "checkpoints")
+    if not searched and not (directory.path / "genotype.json").exists():
+        trained = deciding_keys(config, "train")
+        keys = {key: value for key, value in keys.items() if key in trained}
+    directory.refuse_other(keys)
 
 
 def _finished(directory: Workdir, config: config_dict.ConfigDict) -> Genotype | None:
@@ -173,14 +189,16 @@ class _Run:
             UserError: the checkpoint is another config's.
         """
         states = self.networks.initial_state()
-        found = self.checkpoints.restore_newest({**states, **self.progress.arrays()})
-        if found is not None and found.record["config_hash"] != config_hash(self.config):
-            raise UserError(
-                f"the checkpoints in {self.directory.path} are not of this config (config_hash "
-                f"{found.record['config_hash']!r}, here {config_hash(self.config)!r}); use "
-                "another --workdir"
-            )
-        changes = self.directory.claim(flatten(self.config), environment.record())
+        found = self.checkpoints.restore_newest(
+            {**states, **self.progress.arrays()}, config_hash(self.config)
+        )
+        changes = self.directory.claim(
+            "search",
+            flatten(self.config),
+            environment.record(),
+            deciding_keys(self.config),
+            resumed=found is not None,
+        )
         if changes:
             self.reporter.say(
                 f"Begun elsewhere: {'; '.join(changes)}. The search goes on, but need not end "
@@ -207,14 +225,14 @@ class _Run:
         position = self.progress.position
         if position.stage < LAST_STAGE:
             return
-        self.reporter.log("compiling the training program")
+        self.reporter.start_progress(self.total, position.epoch, "compiling the training program")
         self.networks.compile()
         self.reporter.say(
             f"Compiled in {self.networks.compile_seconds['train']:.1f} s; estimated memory of a "
             f"device: {describe(self.networks.memory_bytes())}."
         )
-        self.reporter.start_progress(self.total, position.epoch)
         first = position.epoch
+        self.reporter.show(f"sampled epoch {first + 1}/{self.total}")
         while position.stage >= LAST_STAGE:
             self._sampled_epoch(is_first=position.epoch == first)
 

@@ -11,6 +11,7 @@ from ml_collections import config_dict
 
 from cpnas_jax import environment
 from cpnas_jax.architecture.sampling import SHAPE
+from cpnas_jax.config_rules import check_fits_images
 from cpnas_jax.data.datasets import Split, channel_statistics
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import weights_key
@@ -85,12 +86,8 @@ def _check_sizes(
             f"config.search.score_batch_size is {search.score_batch_size}; the validation part has "
             f"only {len(validation.labels)} images"
         )
-    side = min(train.images.shape[1:3])
-    if config.dataset.crop_padding > side:
-        raise UserError(
-            f"config.dataset.crop_padding is {config.dataset.crop_padding}; it must be at most the "
-            f"images' {side} pixels a side"
-        )
+    padding = config.dataset.crop_padding
+    check_fits_images("config.dataset.crop_padding", padding, train.images.shape[1:])
 
 
 class Networks:

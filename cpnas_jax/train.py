@@ -10,22 +10,22 @@ from ml_collections import config_dict
 
 from cpnas_jax import environment
 from cpnas_jax.architecture.genotype import Genotype
-from cpnas_jax.architecture.named import NAMES, named_genotype
-from cpnas_jax.config import deciding_keys, flatten, keys_hash
+from cpnas_jax.config import deciding_keys, flatten
 from cpnas_jax.evaluate import Evaluation
 from cpnas_jax.feeds import Facts, Feed, open_feed
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
-from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.memory import describe
-from cpnas_jax.runtime.paths import user_path
 from cpnas_jax.runtime.workdir import History, Workdir
+from cpnas_jax.trained import (
+    check_cells,
+    directory_name,
+    finished,
+    refuse_other,
+    resolve_genotype,
+    training_hash,
+)
 from cpnas_jax.trainer import EpochSums, Trainer, network_settings
-
-
-def directory_name(binary: bool) -> str:
-    """Return where in a workdir a training keeps its files: child and parent can share one."""
-    return "train" if binary else "parent"
 
 
 @dataclasses.dataclass
@@ -34,30 +34,6 @@ class Position:
 
     epoch: int = 0
     step: int = 0
-
-
-def resolve_genotype(config: config_dict.ConfigDict, workdir: str | os.PathLike[str]) -> Genotype:
-    """Return the genotype that a config names, or where it names none, the workdir's own.
-
-    Raises:
-        UserError: `config.genotype` is no name and no readable file, or is empty and the workdir
-            holds none.
-    """
-    name = config.genotype
-    if name in NAMES:
-        return named_genotype(name)
-    if name and not user_path("config.genotype", name).exists():
-        raise UserError(
-            f"config.genotype is {name!r}, which is no file; give a genotype file or one of "
-            f"{', '.join(NAMES)}"
-        )
-    own = user_path("--workdir", workdir) / "genotype.json"
-    if not name and not own.exists():
-        raise UserError(
-            "config.genotype is empty; give a genotype file, the --workdir of a search (there is "
-            f"no {own}), or one of {', '.join(NAMES)}"
-        )
-    return Genotype.load(name or own)
 
 
 def train(
@@ -80,100 +56,6 @@ def train(
         if not finished(config, directory, reporter, genotype, binary=binary):
             with contextlib.closing(open_feed(config)) as feed:
                 train_network(config, directory, reporter, genotype, feed, binary=binary)
-
-
-def begun(directory: Workdir) -> bool:
-    """Tell whether anything was trained in a workdir, child or parent."""
-    for binary in (True, False):
-        path = directory.path / directory_name(binary) / "checkpoints"
-        if path.exists() and any(child.name.isdigit() for child in path.iterdir()):
-            return True
-    return False
-
-
-def refuse_other(config: config_dict.ConfigDict, directory: Workdir, *ignored: str) -> None:
-    """Compare a config with that of the run in the workdir.
-
-    Before anything is trained there, only what a training shares with the search is compared.
-
-    Args:
-        config: validated.
-        directory: the workdir.
-        ignored: keys that are not compared.
-
-    Raises:
-        UserError: the workdir holds a run of another config; the differing keys are named.
-    """
-    keys = deciding_keys(config, "train")
-    if not begun(directory):
-        searched = deciding_keys(config)
-        keys = {key: value for key, value in keys.items() if key in searched}
-    directory.refuse_other({k: v for k, v in keys.items() if k not in ignored})
-
-
-def _cells(genotype: Genotype) -> dict[str, Any]:
-    return {
-        cell: [list(dataclasses.astuple(edge)) for edge in edges]
-        for cell, edges in genotype.cells()
-    }
-
-
-def training_hash(config: config_dict.ConfigDict, genotype: Genotype, *, binary: bool) -> str:
-    """Return the digits that name what decides a training, the cells among it."""
-    precision = "binary" if binary else "float"
-    keys = {**deciding_keys(config, "train"), "network.precision": precision}
-    # What is evaluated on the way does not decide the weights: they answer for any split.
-    del keys["evaluate.split"], keys["evaluate.examples"]
-    return keys_hash({**keys, "genotype": _cells(genotype)})
-
-
-def check_cells(directory: Workdir, name: str, genotype: Genotype) -> None:
-    """Compare the cells with those that were trained in this workdir before, if any were.
-
-    Raises:
-        UserError: they are others.
-    """
-    path = directory.path / name / "genotype.json"
-    if path.exists() and _cells(Genotype.load(path)) != _cells(genotype):
-        raise UserError(
-            f"config.genotype has other cells than were trained in {directory.path / name}, which "
-            f"are in {path}; give that file, or another --workdir"
-        )
-
-
-def finished(
-    config: config_dict.ConfigDict,
-    directory: Workdir,
-    reporter: Reporter,
-    genotype: Genotype,
-    *,
-    binary: bool,
-) -> bool:
-    """Tell whether this training is done already, and say so.
-
-    Raises:
-        UserError: the workdir holds the results of another one.
-    """
-    name = directory_name(binary)
-    check_cells(directory, name, genotype)
-    results = (directory.read_json("results.json") or {}).get(name)
-    if results is None:
-        return False
-    if not isinstance(results, dict):
-        raise UserError(
-            f"{directory.path / 'results.json'} is damaged ({name!r} is no object); restore it or "
-            "use another --workdir"
-        )
-    if results.get("config_hash") != training_hash(config, genotype, binary=binary):
-        raise UserError(
-            f"{directory.path / 'results.json'} has the results of another config's training; "
-            "use another --workdir"
-        )
-    reporter.say(
-        f"The training in {directory.path / name} is finished (test accuracy "
-        f"{results['test']['top1']:.4f}); nothing is run again."
-    )
-    return True
 
 
 def _plan(config: config_dict.ConfigDict, trainer: Trainer, facts: Facts, edges: int) -> str:
@@ -213,7 +95,8 @@ def train_network(
     check_cells(directory, name, genotype)
     with (
         Checkpoints(root / "checkpoints", config.runtime.keep_checkpoints) as last,
-        Checkpoints(root / "best", 1) as best,
+        # The one before is the best again when a kill falls between this save and the other.
+        Checkpoints(root / "best", 2) as best,
     ):
         run = _Run(config, genotype, trainer, directory, name, last, best, reporter)
         run.resume_or_start()
@@ -273,7 +156,13 @@ class _Run:
         self._compile()
         # Not before: a run that does not fit leaves the workdir to one that does.
         own = deciding_keys(self.config, "train")
-        changes = self.directory.claim(flatten(self.config), environment.record(), own)
+        changes = self.directory.claim(
+            self.name,
+            flatten(self.config),
+            environment.record(),
+            own,
+            resumed=found is not None,
+        )
         if changes:
             self.reporter.say(
                 f"Begun elsewhere: {'; '.join(changes)}. The training goes on, but need not end "
@@ -281,13 +170,16 @@ class _Run:
             )
         # One that was saved after the newest checkpoint will be saved again, bit by bit.
         self.best.forget_above(self.position.epoch)
+        if self.best_epoch not in self.best.steps():
+            self.best_accuracy, self.best_epoch = -1.0, 0
         self.history = History(self.directory.path / self.name / "metrics.jsonl", lines)
 
     def _compile(self) -> None:
         first, epochs = self.position.epoch, self.config.train.epochs
         if first < epochs:
-            self.reporter.log("compiling the programs")
+            self.reporter.start_progress(epochs, first, "compiling the programs")
             self.trainer.compile(first, epochs - 1)
+            self.reporter.show(f"epoch {first + 1}/{epochs}")
             self.reporter.say(
                 f"Compiled in {self.trainer.compile_seconds:.1f} s; estimated memory of a device: "
                 f"{describe(self.trainer.memory_bytes('train'))}."
@@ -296,8 +188,6 @@ class _Run:
     def go_on(self) -> None:
         """Train to the last epoch, evaluating and saving on the way."""
         position, epochs = self.position, self.config.train.epochs
-        if position.epoch < epochs:
-            self.reporter.start_progress(epochs, position.epoch)
         while position.epoch < epochs:
             self._epoch()
         self.evaluated = self.evaluated or self.trainer.evaluate(epochs - 1)
@@ -339,7 +229,7 @@ class _Run:
             self.evaluated = self.trainer.evaluate(position.epoch)
             line["test_accuracy"] = self.evaluated.top1
             line["test_loss"] = self.evaluated.loss
-            text += f" test {self.evaluated.top1:.4f}"
+            text += f" {config.evaluate.split} {self.evaluated.top1:.4f}"
         self.history.append(line)
         position.epoch, position.step, self.sums = done, 0, EpochSums()
         left = seconds * (config.train.epochs - done)

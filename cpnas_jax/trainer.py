@@ -13,6 +13,7 @@ from ml_collections import config_dict
 
 from cpnas_jax import environment, evaluate, train_optimizer
 from cpnas_jax.architecture.genotype import Genotype
+from cpnas_jax.config_rules import check_fits_images
 from cpnas_jax.data.order import weights_key
 from cpnas_jax.feeds import Feed
 from cpnas_jax.models import losses, network
@@ -129,12 +130,8 @@ class Trainer:
                 f"config.train.batch_size is {options.batch_size}; the training split has only "
                 f"{facts.num_train} images"
             )
-        side = min(facts.image_shape[:2])
-        if config.dataset.cutout > side:
-            raise UserError(
-                f"config.dataset.cutout is {config.dataset.cutout}; it must be at most {side}, as "
-                "large as the images"
-            )
+        for name in ("crop_padding", "cutout"):
+            check_fits_images(f"config.dataset.{name}", config.dataset[name], facts.image_shape)
         self.total_steps = options.epochs * self.steps_per_epoch
         self._num_devices = jax.device_count()
         self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
@@ -250,7 +247,7 @@ class Trainer:
 
     def real_weights(self, epoch: int) -> bool:
         """Tell whether an epoch belongs to the first part of two-step training."""
-        return bool(epoch < self._config.train.real_weights_epochs)
+        return self._settings.binary and epoch < self._config.train.real_weights_epochs
 
     def _train_program(self, epoch: int) -> Any:
         real = self.real_weights(epoch)
@@ -340,11 +337,14 @@ class Trainer:
         with exhaustion_explained(_KNOBS):
             self._state, host = self._feed.train(program, self._state, call)
         if int(host["bad_step"]) >= 0:
-            key = "learning_rate" if self._settings.binary else "float_learning_rate"
+            keys = ["config.train.learning_rate"] * self._settings.binary
+            # The gradients of a float parent beside the child are looked at too.
+            if not self._settings.binary or self._loss.parent_kernel:
+                keys.append("config.train.float_learning_rate")
             raise UserError(
                 "the loss or its gradient is not finite in step "
                 f"{int(host['bad_step']) + 1} of epoch {epoch + 1}; "
-                f"the checkpoints are kept. Try a smaller config.train.{key} in a new workdir"
+                f"the checkpoints are kept. Try a smaller {' or '.join(keys)} in a new workdir"
             )
         values = {name: float(host[name]) for name in ("loss", *LOSS_TERMS, "accuracy")}
         assert all(map(math.isfinite, values.values()))

@@ -119,6 +119,13 @@ def test_a_bad_value_is_named_with_what_would_be_right(key, value):
     assert "\n" not in text
 
 
+def test_a_parent_whose_kernels_are_not_used_is_refused():
+    config = configs.base_config()
+    config.train.update(parent_kernel=True, reconstruction_weight=0.0)
+    with pytest.raises(UserError, match=r"parent_kernel is True; .*reconstruction_weight above 0"):
+        configs.validate(config, num_devices=1)
+
+
 @pytest.mark.parametrize(
     ("mode", "words"),
     [

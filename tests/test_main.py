@@ -153,12 +153,22 @@ def test_a_workdir_that_cannot_be_written(tmp_path, capsys, call):
 
 def test_another_config_in_the_workdir_is_refused_with_the_differing_keys(tmp_path, capsys, call):
     config = configs.base_config()
-    workdir.Workdir(tmp_path).claim(configs.flatten(config), {})
-    arguments = ("--config=configs/cifar10.py", f"--workdir={tmp_path}")
-    assert call(*arguments, "--config.search.beta_p=0.5") == 1
+    workdir.Workdir(tmp_path).claim("train", configs.flatten(config), {}, (), resumed=False)
+    arguments = (
+        "--config=configs/cifar10.py",
+        f"--workdir={tmp_path}",
+        "--config.search.beta_p=0.5",
+    )
+    # Where only a network was trained, the keys of a search are free.
+    assert call(*arguments) == 1
+    assert "is not prepared under" in capsys.readouterr().err
+    assert call(*arguments, "--config.seed=1") == 1
+    assert "differing: seed (there 0, here 1)" in capsys.readouterr().err
+    (tmp_path / "search/checkpoints/1").mkdir(parents=True)
+    assert call(*arguments) == 1
     error = capsys.readouterr().err
     assert "search.beta_p (there 2.0, here 0.5)" in error
-    assert "another --workdir" in error
+    assert error.count("\n") == 1
 
 
 def test_damaged_files_of_a_workdir(tmp_path, capsys, call):

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from cpnas_jax import config as configs
-from cpnas_jax import feeds, modes, train_step
+from cpnas_jax import feeds, modes
 from cpnas_jax import pipeline as pipeline_module
 from cpnas_jax.architecture.genotype import Edge, Genotype
 from cpnas_jax.data.datasets import Split
@@ -125,6 +125,20 @@ def test_an_evaluation_in_the_middle_of_training_is_not_the_last_word(config, tm
     assert json.loads(path.read_text()) == value
 
 
+def test_an_evaluation_of_fewer_examples_is_not_the_last_word(config, tmp_path):
+    put_search(config, tmp_path)
+    run(config, tmp_path)
+    path = tmp_path / "train/evaluation.json"
+    value = json.loads(path.read_text())
+    fewer = config.copy_and_resolve_references()
+    fewer.update(mode="evaluate")
+    fewer.evaluate.examples = 5
+    modes.evaluate_mode(fewer, tmp_path, Reporter(Console(file=io.StringIO())))
+    assert json.loads(path.read_text())["examples"] == 5
+    run(config, tmp_path)
+    assert json.loads(path.read_text()) == value
+
+
 def test_a_genotype_without_the_results_of_its_search(config, tmp_path):
     put_search(config, tmp_path)
     (tmp_path / "results.json").unlink()
@@ -174,6 +188,6 @@ def test_losing_an_evaluation_writes_it_again_without_training(config, tmp_path,
     run(config, tmp_path)
     before = timeless(tmp_path)
     (tmp_path / "parent/evaluation.json").unlink()
-    monkeypatch.setattr(train_step, "make_batch_step", None)
+    monkeypatch.setattr(pipeline_module, "train_network", None)
     run(config, tmp_path)
     assert timeless(tmp_path) == before

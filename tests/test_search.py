@@ -123,7 +123,7 @@ def test_the_files_hold_what_scripts_rely_on(undisturbed):
     assert results["operation_counts"] == genotype.operation_counts()
     config = json.loads((workdir / "config.json").read_text())
     assert config["config"]["search.beta_p"] == 2.0
-    assert config["versions"]["jax"] == jax.__version__
+    assert config["search"]["versions"]["jax"] == jax.__version__
     for name in ("cells.png", "cells.svg", "accuracies.png", "accuracies.svg"):
         assert (workdir / name).stat().st_size > 1000
     for words in (

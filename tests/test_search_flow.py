@@ -185,7 +185,7 @@ def test_a_border_wider_than_the_image(monkeypatch, tmp_path):
     config = configs.base_config()
     config.search.update(batch_size=16, score_batch_size=16)
     config.dataset.crop_padding = 5
-    with pytest.raises(UserError, match=r"config.dataset.crop_padding is 5.*at most the images' 4"):
+    with pytest.raises(UserError, match=r"config.dataset.crop_padding is 5.*at most 4"):
         search(config, tmp_path, Reporter(Console(file=io.StringIO())))
 
 
@@ -213,7 +213,7 @@ def test_another_machine_is_told(monkeypatch, tmp_path):
         run(monkeypatch, tmp_path, Stops)
     path = tmp_path / "config.json"
     stored = json.loads(path.read_text())
-    stored["devices"] = ["TPU v4"] * 32
+    stored["search"]["devices"] = ["TPU v4"] * 32
     path.write_text(json.dumps(stored))
     _, said = run(monkeypatch, tmp_path)
     assert "Begun elsewhere: devices was ['TPU v4'" in said

@@ -30,6 +30,7 @@ from reads import note_reads
 from cpnas_jax import config as configs
 from cpnas_jax import environment, modes, train_step
 from cpnas_jax import train as train_module
+from cpnas_jax import trained as trained_module
 from cpnas_jax.models.network import Network
 from cpnas_jax.models.summary import summarise
 from cpnas_jax.runtime.checkpoints import digest
@@ -79,8 +80,12 @@ def trained(tmp_path_factory):
 
             return call
 
-        for name in ("deciding_keys", "flatten"):
-            patch.setattr(train_module, name, unnoted(getattr(train_module, name)))
+        for module, name in (
+            (train_module, "deciding_keys"),
+            (train_module, "flatten"),
+            (trained_module, "deciding_keys"),
+        ):
+            patch.setattr(module, name, unnoted(getattr(module, name)))
         said = run(config, directory / "run")
         return Trained(directory / "run", said, set(read))
 
@@ -271,6 +276,34 @@ def test_an_evaluation_is_of_the_network_that_is_trained(config):
     assert expected[0] != pytest.approx(expected[1], rel=1e-4)
     found = [trainer.evaluate(epoch).loss for epoch in (0, 1)]
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_float_network_has_no_part_with_real_weights(config):
+    config.train.real_weights_epochs = 1
+    assert [trainer_of(config, binary=True).real_weights(epoch) for epoch in (0, 1)] == [
+        True,
+        False,
+    ]
+    assert not trainer_of(config, binary=False).real_weights(0)
+
+
+@pytest.mark.parametrize(
+    ("binary", "beside", "words"),
+    [
+        (True, False, r"smaller config\.train\.learning_rate in a new"),
+        (False, False, r"smaller config\.train\.float_learning_rate in a new"),
+        (True, True, r"smaller config\.train\.learning_rate or config\.train\.float_learning_rate"),
+    ],
+)
+def test_the_rates_to_lower_are_named(config, monkeypatch, binary, beside, words):
+    config.train.parent_kernel = beside
+    trainer = trainer_of(config, binary)
+    trainer.load(trainer.initial_state())
+    monkeypatch.setattr(trainer, "_train_program", lambda _: None)
+    bad = {"bad_step": np.int32(2)}
+    monkeypatch.setattr(trainer._feed, "train", lambda _, state, call: (state, bad))
+    with pytest.raises(UserError, match=f"not finite in step 3 of epoch 1; .*{words}"):
+        trainer.train(0, 0, 4, EpochSums())
 
 
 @pytest.mark.parametrize("room", [1_000_000, 8_000_000])

@@ -108,7 +108,8 @@ def test_no_genotype(refused, tmp_path):
         ("evaluate.batch_size=9", "config.evaluate.batch_size is 9; it must be a multiple of the"),
         ("evaluate.split=dev", "has no split 'dev'; it has test, train"),
         ("train.examples=1000", "config.train.examples=1000 is more than the 320 of cifar10"),
-        ("dataset.cutout=9", "config.dataset.cutout is 9; it must be at most 8, as large as the"),
+        ("dataset.cutout=9", "config.dataset.cutout is 9; it must be at most 8, the images'"),
+        ("dataset.crop_padding=9", "config.dataset.crop_padding is 9; it must be at most 8, the"),
         (
             "train.warmup_epochs=2",
             "config.train.warmup_epochs is 2; it must be below config.train.e",
@@ -316,3 +317,25 @@ def test_all_epochs_are_done_but_not_the_results(command, copied, capsys):
     unfinished(copied)
     assert command("train", copied) == 0
     assert "Resumed after the last of 2 epochs." in capsys.readouterr().out
+
+
+def test_a_finished_training_without_its_checkpoints(refused, command, copied):
+    shutil.rmtree(copied / "train/checkpoints")
+    error = refused("evaluate", copied)
+    assert f"{copied / 'train/checkpoints'} holds no checkpoint of the finished training" in error
+    assert f"delete {copied / 'train'} and 'train' in {copied / 'results.json'}" in error
+    shutil.rmtree(copied / "train")
+    (copied / "results.json").write_text("{}")
+    assert command("train", copied) == 0
+    assert command("evaluate", copied) == 0
+
+
+def test_other_cells_before_anything_was_trained(command, copied, files, tmp_path):
+    """As after a kill in the first epoch: only the cells were written down."""
+    unfinished(copied)
+    shutil.rmtree(copied / "train/checkpoints")
+    text = (files / "cells.json").read_text()
+    other = tmp_path / "other.json"
+    other.write_text(text.replace("max_pool_3x3", "avg_pool_3x3"))
+    assert command("train", copied, f"--config.genotype={other}") == 0
+    assert "avg_pool_3x3" in (copied / "train/genotype.json").read_text()

@@ -83,6 +83,11 @@ def _record_digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+def holds_checkpoints(directory: epath.Path) -> bool:
+    """Tell whether a directory is there and a checkpoint, damaged or not, is in it."""
+    return directory.exists() and any(child.name.isdigit() for child in directory.iterdir())
+
+
 class Checkpoints:
     """Numbered checkpoints in a directory; the newest `keep` are kept."""
 
@@ -141,7 +146,7 @@ class Checkpoints:
             UserError: there are checkpoints, but they are of another config, or none of them can
                 be used.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self.steps()[::-1]
         reason, damaged = "", list[int]()
         for step in steps:
             try:
@@ -166,9 +171,13 @@ class Checkpoints:
             )
         return None
 
+    def steps(self) -> list[int]:
+        """Return the numbers of what is there, ascending."""
+        return sorted(self._manager.all_steps())
+
     def forget_above(self, step: int) -> None:
         """Delete every checkpoint with a number above `step`."""
-        for number in self._manager.all_steps():
+        for number in self.steps():
             if number > step:
                 self._manager.delete(number)
 

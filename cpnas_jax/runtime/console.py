@@ -47,8 +47,9 @@ class Reporter:
         if not self.on_terminal:
             self.say(f"[{time.monotonic() - self._started:8.1f} s] {text}")
 
-    def start_progress(self, total: int, completed: int) -> None:
+    def start_progress(self, total: int, completed: int, text: str) -> None:
         """Begin the progress line of a phase over `total` epochs; that of the phase before ends."""
+        self.log(text)
         if not self.on_terminal:
             return
         self._stop_progress()
@@ -59,8 +60,13 @@ class Reporter:
             TimeElapsedColumn(),
             console=self._console,
         )
-        self._task = self._progress.add_task("compiling", total=total, completed=completed)
+        self._task = self._progress.add_task(text, total=total, completed=completed)
         self._progress.start()
+
+    def show(self, text: str) -> None:
+        """Put a text into the progress line, where there is one."""
+        if self._progress is not None:
+            self._progress.update(self._task, description=text)
 
     def advance(self, completed: int, text: str) -> None:
         """Show a text and how far it is; a log line where there is no terminal."""

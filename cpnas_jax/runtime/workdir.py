@@ -104,29 +104,34 @@ class Workdir:
         return value
 
     def claim(
-        self, config: dict[str, Any], record: dict[str, Any], own: Collection[str] = ()
+        self,
+        phase: str,
+        config: dict[str, Any],
+        record: dict[str, Any],
+        own: Collection[str],
+        *,
+        resumed: bool,
     ) -> list[str]:
-        """Write `config.json`; where it is there, only the keys of the phase that begins.
+        """Write `config.json`; where it is there, only what belongs to the phase that begins.
 
         Args:
+            phase: its name.
             config: all keys, dotted.
-            record: versions, devices and what else is worth keeping.
+            record: versions, devices and what else is worth keeping of where the phase begins.
             own: the keys that decide what the phase does.
+            resumed: whether the phase goes on, so that the record of its beginning stays.
 
         Returns:
-            What of the record is otherwise than when the run was begun, in words.
+            What of the record is otherwise than when the phase was begun, in words.
         """
-        stored = self.read_json("config.json")
-        if stored is None:
-            self.write_json("config.json", {"config": config, **record})
-            return []
-        changed = {**stored["config"], **{key: config[key] for key in own}}
-        if changed != stored["config"]:
-            self.write_json("config.json", {**stored, "config": changed})
+        stored = self.read_json("config.json") or {"config": config}
+        before = stored.get(phase) if resumed else None
+        keys = {**stored["config"], **{key: config[key] for key in own}}
+        self.write_json("config.json", {**stored, "config": keys, phase: before or record})
         return [
-            f"{key} was {stored[key]!r} and is {value!r}"
+            f"{key} was {before[key]!r} and is {value!r}"
             for key, value in record.items()
-            if key in stored and stored[key] != value
+            if before and key in before and before[key] != value
         ]
 
     def refuse_other(self, deciding: dict[str, Any]) -> None:

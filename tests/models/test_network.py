@@ -223,12 +223,14 @@ def test_recomputing_changes_no_number(binary, cells):
             )
             return jnp.sum(jnp.square(outputs.logits)), changed
 
-        run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
-        return run(variables["params"])
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        program = run.lower(variables["params"]).compile(QUICK)
+        return program(variables["params"]), program.memory_analysis().temp_size_in_bytes
 
-    expected, found = (
+    (expected, needed), (found, recomputing_needs) = (
         gradients(dataclasses.replace(settings, recompute=recompute)) for recompute in (False, True)
     )
+    assert recomputing_needs < needed
     (value, changed), gradient = expected
     (own_value, own_changed), own_gradient = found
     np.testing.assert_allclose(own_value, value, rtol=1e-5)

@@ -41,8 +41,8 @@ def told(terminal):
     with Reporter(console) as reporter:
         assert reporter.on_terminal == terminal
         reporter.say("edge [0->2] [bold]none[/bold] :smile:")
-        reporter.log("compiling")
-        reporter.start_progress(5, 0)
+        reporter.start_progress(5, 0, "compiling")
+        reporter.show("epoch 1/5")
         reporter.advance(1, "epoch 1/5 " + "x" * 150)
         reporter.advance(2, "epoch 2/5")
     return file.getvalue()
@@ -79,7 +79,7 @@ def test_an_error_takes_the_progress_line_away():
 
     def interrupted():
         with Reporter(console) as reporter:
-            reporter.start_progress(5, 0)
+            reporter.start_progress(5, 0, "compiling")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -91,8 +91,11 @@ def test_an_error_takes_the_progress_line_away():
 def test_a_reporter_of_its_own_writes_to_stdout(capsys):
     with Reporter() as reporter:
         reporter.say("a line")
-        reporter.start_progress(2, 1)
-    assert capsys.readouterr().out == "a line\n"
+        reporter.start_progress(2, 1, "compiling")
+        reporter.show("epoch 2/2")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "a line"
+    assert second.endswith(" s] compiling")
 
 
 def test_the_progress_line_of_a_phase_ends_with_the_next():
@@ -101,7 +104,7 @@ def test_the_progress_line_of_a_phase_ends_with_the_next():
     before = sys.stdout
     with Reporter(console) as reporter:
         for total in (5, 3, 2):
-            reporter.start_progress(total, 0)
+            reporter.start_progress(total, 0, "compiling")
             reporter.advance(total, "done")
     assert sys.stdout is before
     text = file.getvalue()

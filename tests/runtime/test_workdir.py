@@ -27,19 +27,22 @@ def test_a_file_in_the_way_is_named(tmp_path, parts):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_claim_is_written_once(tmp_path):
+def test_a_claim_writes_what_is_its_own(tmp_path):
     workdir = Workdir(tmp_path)
-    workdir.claim({"seed": 1}, {"versions": {"jax": "x"}})
-    workdir.claim({"seed": 2}, {})
-    stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored == {"config": {"seed": 1}, "versions": {"jax": "x"}}
+    workdir.claim("search", {"seed": 1, "rate": 2}, {"backend": "cpu"}, (), resumed=False)
+    workdir.claim("train", {"seed": 3, "rate": 4}, {"backend": "tpu"}, ["rate"], resumed=False)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "config": {"seed": 1, "rate": 4},
+        "search": {"backend": "cpu"},
+        "train": {"backend": "tpu"},
+    }
 
 
 def test_the_same_config_is_let_in_and_another_is_refused_with_both_values(tmp_path):
     workdir = Workdir(tmp_path)
     workdir.refuse_other({"seed": 1})
     claimed = {"seed": 1, "search.beta_p": 2.0, "search.reductions": [1, 2], "mode": "search"}
-    workdir.claim(claimed, {})
+    workdir.claim("search", claimed, {}, (), resumed=False)
     workdir.refuse_other({"seed": 1, "search.beta_p": 2.0, "search.reductions": [1, 2]})
     with pytest.raises(UserError) as caught:
         workdir.refuse_other({"seed": 1, "search.beta_p": 0.5, "search.reductions": [1], "new": 3})
@@ -143,8 +146,18 @@ def test_a_home_directory_is_found(tmp_path, monkeypatch):
 
 
 def test_what_changed_since_the_claim_is_told(tmp_path):
-    directory = Workdir(tmp_path)
-    assert directory.claim({"seed": 0}, {"devices": ["cpu"], "backend": "cpu"}) == []
-    assert directory.claim({"seed": 0}, {"devices": ["cpu"], "backend": "cpu"}) == []
-    changes = directory.claim({"seed": 0}, {"devices": ["cpu", "cpu"], "backend": "cpu"})
-    assert changes == ["devices was ['cpu'] and is ['cpu', 'cpu']"]
+    """Each phase is compared with its own beginning, not with that of the one before."""
+
+    def claim(phase, devices, resumed):
+        record = {"devices": ["cpu"] * devices, "backend": "cpu"}
+        return Workdir(tmp_path).claim(phase, {"seed": 0}, record, (), resumed=resumed)
+
+    assert claim("search", 1, resumed=False) == []
+    assert claim("search", 1, resumed=True) == []
+    assert claim("train", 2, resumed=False) == []
+    assert claim("train", 2, resumed=True) == []
+    assert claim("train", 1, resumed=True) == ["devices was ['cpu', 'cpu'] and is ['cpu']"]
+    assert claim("search", 2, resumed=True) == ["devices was ['cpu'] and is ['cpu', 'cpu']"]
+    # What a fresh beginning replaces is not compared.
+    assert claim("search", 2, resumed=False) == []
+    assert claim("search", 2, resumed=True) == []

@@ -21,10 +21,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cpnas_jax.config import PLUS
 from cpnas_jax.models.blocks import Levers
 
 LEVERS = tuple(field.name for field in dataclasses.fields(Levers))
+THREE = ("residual", "prelu", "first_norm")
+"""The levers of DCP-NAS' code that leave every activation of a convolution at one bit."""
+
 BUDGET = {
     "dataset.image_size": 16,
     "dataset.crop_padding": 2,
@@ -50,12 +52,12 @@ def without(*keys: str) -> dict[str, float]:
 def variants(subject: str) -> dict[str, dict[str, object]]:
     """Return name -> keys for what is compared, the first is what the others are compared to."""
     if subject == "levers":
-        plus = {f"network.{name}": True for name in PLUS}
-        alone = {name: {f"network.{name}": True} for name in PLUS}
-        less = {f"plus without {name}": {**plus, f"network.{name}": False} for name in PLUS}
-        others = [name for name in LEVERS if name not in PLUS]
-        more = {f"plus with {name}": {**plus, f"network.{name}": True} for name in others}
-        return {"faithful": {}, "plus": plus, **alone, **less, **more}
+        three = {f"network.{name}": True for name in THREE}
+        alone = {name: {f"network.{name}": True} for name in THREE}
+        less = {f"three without {name}": {**three, f"network.{name}": False} for name in THREE}
+        others = [name for name in LEVERS if name not in THREE]
+        more = {f"three with {name}": {**three, f"network.{name}": True} for name in others}
+        return {"faithful": {}, "three": three, **alone, **less, **more}
     weights = {
         f"reconstruction {kernel:g}, center {center:g}": {
             "train.reconstruction_weight": kernel,

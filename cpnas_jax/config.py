@@ -18,8 +18,11 @@ from cpnas_jax.config_rules import MODES, RULES
 from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.runtime.errors import UserError
 
-PLUS = ("residual", "prelu", "first_norm")
-"""The levers of `plus`: those that helped in our first trials; a recorded ablation is due."""
+PLUS = ("prelu",)
+"""The levers of `plus`: those that measurably help a 1-bit network, see docs/results.md.
+
+`real_depthwise` helps too, but its depthwise convolutions see real activations.
+"""
 
 
 def base_config() -> config_dict.ConfigDict:

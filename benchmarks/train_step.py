@@ -40,10 +40,11 @@ from harness import (
 )
 from resident import peak_bytes, reset_peak
 
-from cpnas_jax import environment, train_optimizer
+from cpnas_jax import train_optimizer
 from cpnas_jax.architecture.named import named_genotype
 from cpnas_jax.models import layers, network
 from cpnas_jax.models.blocks import OperationSettings
+from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.parallel import pmap_donated, replicate, to_host
 from cpnas_jax.train_step import LossSettings, StepSettings, TrainState, make_batch_step
 

@@ -23,9 +23,9 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from cpnas_jax import config as configs
-from cpnas_jax import environment
 from cpnas_jax.modes import evaluate_mode, summary_mode
 from cpnas_jax.pipeline import pipeline
+from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.checkpoints import silence_orphans
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
-from cpnas_jax import environment, figures
+from cpnas_jax import figures
 from cpnas_jax.architecture.alpha import restart, update_alpha
 from cpnas_jax.architecture.edge_policy import Derivation, derive
 from cpnas_jax.architecture.events import sample_line, stage_line
@@ -30,6 +30,7 @@ from cpnas_jax.config import config_hash, deciding_keys, flatten
 from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
 from cpnas_jax.models.space import CELL_TYPES
 from cpnas_jax.path_optimizer import CHILD, PARENT
+from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.checkpoints import Checkpoints, holds_checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.errors import UserError

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from cpnas_jax import environment
 from cpnas_jax.architecture.sampling import SHAPE
 from cpnas_jax.config_rules import check_fits_images
 from cpnas_jax.data.datasets import Split, channel_statistics
@@ -19,6 +18,7 @@ from cpnas_jax.models import supernet
 from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.path_optimizer import CHILD, PARENT, OptimizerSettings, PathOptimizer
+from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
-from cpnas_jax import environment
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.config import deciding_keys, flatten
 from cpnas_jax.evaluate import Evaluation
 from cpnas_jax.feeds import Facts, Feed, open_feed
+from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.memory import describe

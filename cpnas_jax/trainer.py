@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from ml_collections import config_dict
 
-from cpnas_jax import environment, evaluate, train_optimizer
+from cpnas_jax import evaluate, train_optimizer
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.config_rules import check_fits_images
 from cpnas_jax.data.order import weights_key
@@ -20,6 +20,7 @@ from cpnas_jax.models import losses, network
 from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.blocks import Levers, OperationSettings
 from cpnas_jax.models.network import CellEdges, Network, NetworkSettings
+from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import replicate, to_host

@@ -28,11 +28,12 @@ from one_cell import (
 from reads import note_reads
 
 from cpnas_jax import config as configs
-from cpnas_jax import environment, modes, train_step
+from cpnas_jax import modes, train_step
 from cpnas_jax import train as train_module
 from cpnas_jax import trained as trained_module
 from cpnas_jax.models.network import Network
 from cpnas_jax.models.summary import summarise
+from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.checkpoints import digest
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.parallel import replicate

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
-from cpnas_jax import environment
+from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
 
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from cpnas_jax import environment
+from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.memory import check_memory, describe, exhaustion_explained
 

@@ -35,11 +35,8 @@ BUDGET = {
     "network.channels": 16,
     "network.auxiliary": False,
     "network.drop_path": 0.0,
-    "train.examples": 10_000,
-    "train.epochs": 5,
     "train.batch_size": 50,
     "train.learning_rate": 1e-2,
-    "train.evaluate_every": 5,
 }
 """What every training here shares, keys of a config."""
 
@@ -108,12 +105,20 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--genotype", default="docs/genotypes/cifar10.json")
     parser.add_argument("--keep", type=Path, help="directory for the trainings' files")
     parser.add_argument("--only", action="append", help="a variant's name; may be repeated")
+    parser.add_argument("--examples", type=int, default=10_000, help="0 trains on all of them")
+    parser.add_argument("--epochs", type=int, default=5)
     return parser.parse_args()
 
 
 def main() -> None:
     """Train every variant with every seed, print a table and a JSON line."""
     flags = parse_flags()
+    budget = {
+        **BUDGET,
+        "train.examples": flags.examples,
+        "train.epochs": flags.epochs,
+        "train.evaluate_every": flags.epochs,
+    }
     chosen = variants(flags.subject)
     if flags.only:
         unknown = set(flags.only) - set(chosen)
@@ -129,7 +134,7 @@ def main() -> None:
 
         def run(name: str, seed: int) -> dict[str, float]:
             keys = {
-                **BUDGET,
+                **budget,
                 **chosen[name],
                 "seed": seed,
                 "genotype": flags.genotype,
@@ -157,7 +162,7 @@ def main() -> None:
         "benchmark": f"train_variants {flags.subject}",
         "top1": {name: spread([run["top1"] for run in found]) for name, found in of.items()},
         "seconds": {name: spread([run["seconds"] for run in found]) for name, found in of.items()},
-        "budget": BUDGET,
+        "budget": budget,
         "cores": len(available),
         "python": platform.python_version(),
     }

@@ -18,10 +18,10 @@ from cpnas_jax.config_rules import MODES, RULES
 from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.runtime.errors import UserError
 
-PLUS = ("prelu",)
-"""The levers of `plus`: those that measurably help a 1-bit network, see docs/results.md.
+PLUS = ("residual", "prelu", "first_norm")
+"""The levers of `plus`: those of DCP-NAS' code that leave activations at one bit.
 
-`real_depthwise` helps too, but its depthwise convolutions see real activations.
+What each gives is measured in docs/results.md.
 """
 
 

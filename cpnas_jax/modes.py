@@ -125,7 +125,8 @@ def evaluate_network(
         found = checkpoints.restore_newest(
             trainer.initial_state(), training_hash(config, genotype, binary=binary)
         )
-    assert found is not None
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint that can be read; train first")
     trainer.load(found.state)
     position = found.record["position"]
     # The last epoch of which anything was trained.

@@ -279,34 +279,6 @@ def test_an_evaluation_is_of_the_network_that_is_trained(config):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_float_network_has_no_part_with_real_weights(config):
-    config.train.real_weights_epochs = 1
-    assert [trainer_of(config, binary=True).real_weights(epoch) for epoch in (0, 1)] == [
-        True,
-        False,
-    ]
-    assert not trainer_of(config, binary=False).real_weights(0)
-
-
-@pytest.mark.parametrize(
-    ("binary", "beside", "words"),
-    [
-        (True, False, r"smaller config\.train\.learning_rate in a new"),
-        (False, False, r"smaller config\.train\.float_learning_rate in a new"),
-        (True, True, r"smaller config\.train\.learning_rate or config\.train\.float_learning_rate"),
-    ],
-)
-def test_the_rates_to_lower_are_named(config, monkeypatch, binary, beside, words):
-    config.train.parent_kernel = beside
-    trainer = trainer_of(config, binary)
-    trainer.load(trainer.initial_state())
-    monkeypatch.setattr(trainer, "_train_program", lambda _: None)
-    bad = {"bad_step": np.int32(2)}
-    monkeypatch.setattr(trainer._feed, "train", lambda _, state, call: (state, bad))
-    with pytest.raises(UserError, match=f"not finite in step 3 of epoch 1; .*{words}"):
-        trainer.train(0, 0, 4, EpochSums())
-
-
 @pytest.mark.parametrize("room", [1_000_000, 8_000_000])
 def test_a_training_that_does_not_fit_is_refused_before_it_begins(
     config, tmp_path, monkeypatch, room
@@ -319,18 +291,6 @@ def test_a_training_that_does_not_fit_is_refused_before_it_begins(
     # The workdir is still free for one that fits.
     assert not (tmp_path / "run/config.json").exists()
     assert not (tmp_path / "run/results.json").exists()
-
-
-def test_an_evaluation_that_does_not_fit_is_refused_before_the_training(config, monkeypatch):
-    config.evaluate.batch_size = 8192
-    trainer = trainer_of(config)
-    trainer.load(trainer.initial_state())
-    trainer.compile(0, 0)
-    room = sum(trainer.memory_bytes("train").values())
-    assert sum(trainer.memory_bytes("evaluate").values()) > room
-    monkeypatch.setattr(environment, "device_memory", lambda: room)
-    with pytest.raises(UserError, match=r"does not fit.*; lower config\.evaluate\.batch_size"):
-        trainer.compile(0, 0)
 
 
 @pytest.mark.parametrize(

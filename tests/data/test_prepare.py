@@ -19,7 +19,7 @@ def test_without_tensorflow_the_extra_is_named(capsys, tmp_path, monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "tensorflow" else found(name)
     )
     message = refusal(capsys, "cifar10", f"--data_dir={tmp_path}")
-    assert 'pip install "cpnas_jax[prepare]"' in message
+    assert 'pip install -e ".[prepare]"' in message
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,56 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os, signal, sys, time, weakref
+{prepare}
+
+class Thing:
+    def __del__(self):
+        if "destructor" in sys.argv:
+            os.kill(os.getpid(), signal.SIGINT)
+            sum(range(10))  # the signal is looked at here
+
+def callback(_):
+    if "callback" in sys.argv:
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(10))
+
+thing = Thing()
+reference = weakref.ref(thing, callback)
+try:
+    del thing
+    for _ in range(30):
+        time.sleep(0.1)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+PREPARED = "from cpnas_jax.runtime.interruptions import repeat_lost\nrepeat_lost()"
+
+
+def outcome(prepare, place):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(prepare=prepare), place],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        # A shell's background processes inherit that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.returncode == 0
+    return done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize("place", ["destructor", "callback"])
+def test_ctrl_c_where_python_drops_it(place):
+    assert outcome(PREPARED, place) == ("interrupted", "")
+
+
+def test_python_does_drop_it():
+    """If it no longer does, the module can go."""
+    found, errors = outcome("", "callback")
+    assert found == ""
+    assert "KeyboardInterrupt" in errors

@@ -1,4 +1,3 @@
-import signal
 import subprocess
 import sys
 
@@ -6,6 +5,8 @@ import pytest
 
 SCRIPT = """
 import os, signal, sys, time, weakref
+# A shell's background processes inherit that SIGINT is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 {prepare}
 
 class Thing:
@@ -37,8 +38,6 @@ def outcome(prepare, place):
         capture_output=True,
         text=True,
         timeout=60,
-        # A shell's background processes inherit that SIGINT is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert done.returncode == 0
     return done.stdout.strip(), done.stderr

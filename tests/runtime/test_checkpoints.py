@@ -186,7 +186,7 @@ def test_a_directory_that_cannot_be_changed_does_not_make_whole_ones_damaged(sav
         raise OSError(errno.EROFS, "Read-only file system", str(self))
 
     monkeypatch.setattr(epath.Path(saved).__class__, "rename", refuse)
-    with pytest.raises(OSError, match="Read-only file system.*/2'"):
+    with pytest.raises(OSError, match=r"Read-only file system.*/2'"):
         restore(saved)
     monkeypatch.undo()
     assert restore(saved).step == 1

@@ -3,6 +3,8 @@
 import json
 
 TIMES = ("seconds", "images_per_second")
+LOGS = {"search": "search/history.jsonl", "train": "train/metrics.jsonl"}
+"""Mode -> its log in a workdir."""
 
 
 def numbers(directory):
@@ -33,7 +35,7 @@ def search_outcome(workdir):
     """Return genotype, history, results and last state of a finished search."""
     return {
         "genotype.json": (workdir / "genotype.json").read_text(),
-        "history.jsonl": lines(workdir / "search/history.jsonl"),
+        "history.jsonl": lines(workdir / LOGS["search"]),
         "results.json": results(workdir, "search"),
         "state": last_digest(workdir / "search/checkpoints"),
     }

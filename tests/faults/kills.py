@@ -1,0 +1,430 @@
+"""Kills a run at random moments until it has ended; compares it with one that was left alone.
+
+python tests/faults/kills.py --mode=search|train [--kills 30] [--signal KILL|TERM]
+    [--processes 1] [--devices 1] [--target one|all|launcher] [--seed 0] [flags of main]
+
+The run is a smoke search or training on stand-ins of CIFAR-10, long enough that it can be killed
+so often. Half of the kills, drawn by the seed, fall anywhere between the start and the end of
+compiling, the others in the work that follows, after a share of it that lets the run end soon
+after the last kill. Genotype, history or metrics, results and digest of the last state must be bitwise
+those of the run left alone. Prints a table of the kills and a JSON line; the exit status is 1
+where anything differs or went wrong.
+
+Several processes are started by launch/local_pod.sh; a signal goes to one of them, to all, or to
+the launcher, and nothing of them may be left. SIGTERM must end a run with status 75 once it has
+said what it does.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+
+from outcomes import LOGS, OUTCOMES, differing
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESUMABLE = 75
+PATIENCE = 600.0
+"""Seconds after which a run that neither works nor ends is taken for one that hangs."""
+LINGERING = 20.0
+"""Seconds in which all processes of a run must follow the one that was started."""
+MARK = "CPNAS_JAX_FAULTS"
+"""Environment variable that all processes of a run have in common."""
+
+FLAGS = {
+    # 72 sampled epochs.
+    "search": ["--config=configs/cifar10.py:search,smoke", "--config.search.rounds=8"],
+    "train": [
+        *("--config=configs/cifar10.py:train,small,smoke", "--config.genotype=DDPNAS_XNOR_1"),
+        *("--config.train.epochs=60", "--config.runtime.checkpoint_every=3"),
+    ],
+}
+COMPILED = re.compile(r"^Compiled in ", re.MULTILINE)
+RESUMED = re.compile(r"Resumed .*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """How runs are started and looked at.
+
+    Attributes:
+        mode: "search" or "train".
+        command: of a run in a workdir.
+        environment: of its processes.
+        is_worker: tells by the command line of a process whether a signal may go to it.
+    """
+
+    mode: str
+    command: Callable[[pathlib.Path], list[str]]
+    environment: dict[str, str]
+    is_worker: Callable[[str], bool]
+
+
+class Attempt:
+    """A started run: its processes, its output and its log."""
+
+    def __init__(self, runs, workdir, output):
+        self.runs, self.workdir, self.output = runs, workdir, output
+        self.mark = uuid.uuid4().hex
+        self.started = time.monotonic()
+        self.lines_before = self.lines()
+        self.saves_before = self.saves_under_way()
+        with output.open("w") as file:
+            self.process = subprocess.Popen(
+                runs.command(workdir),
+                cwd=ROOT,
+                env={**runs.environment, MARK: self.mark},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def seconds(self):
+        """Return how long it has been running."""
+        return time.monotonic() - self.started
+
+    def said(self):
+        """Return its output so far."""
+        return self.output.read_text(errors="replace")
+
+    def lines(self):
+        """Return how many lines its log has."""
+        log = self.workdir / LOGS[self.runs.mode]
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    def saves_under_way(self):
+        """Return what a checkpoint leaves that is not yet, or never will be, whole."""
+        found = self.workdir.glob("*/*/*.orbax-checkpoint-tmp*")
+        pairs = set()
+        for path in found:
+            with contextlib.suppress(FileNotFoundError):
+                pairs.add((path, path.stat().st_ino))
+        return pairs
+
+    def phase(self):
+        """Tell what it is doing, after it was killed or just before a gentler signal."""
+        said = self.said()
+        if self.saves_under_way() - self.saves_before:
+            return "saving"
+        if not said:
+            return "importing"
+        if not COMPILED.search(said):
+            return "reading, restoring, compiling"
+        return "epochs" if self.lines() > self.lines_before else "first epoch"
+
+    def wait_for(self, condition):
+        """Wait until a condition holds or it has ended; return whether it still runs."""
+        deadline = time.monotonic() + PATIENCE
+        while self.process.poll() is None and not condition():
+            if time.monotonic() > deadline:
+                raise Failure(f"nothing happened in {PATIENCE:.0f} s", self)
+            time.sleep(0.02)
+        return self.process.poll() is None
+
+    def processes(self):
+        """Return pid -> command line of all that it has started and that is still there."""
+        found = {}
+        for path in pathlib.Path("/proc").glob("[0-9]*"):
+            # Processes end while one looks, and those of other users are not to be read.
+            with contextlib.suppress(OSError):
+                if f"{MARK}={self.mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                    words = (path / "cmdline").read_bytes().split(b"\0")
+                    found[int(path.name)] = b" ".join(words).decode(errors="replace")
+        return found
+
+    def send(self, number, target, rng):
+        """Send a signal to one worker, to all or to the launcher."""
+        is_worker = self.runs.is_worker
+        workers = sorted(pid for pid, line in self.processes().items() if is_worker(line))
+        if target == "launcher" or not workers:
+            workers = [self.process.pid]
+        for pid in workers if target == "all" else [rng.choice(workers)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def end(self):
+        """Wait for its end; return its status. Nothing of it may be left."""
+        try:
+            status = self.process.wait(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            raise Failure("it does not end", self) from None
+        deadline = time.monotonic() + LINGERING
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        left = self.processes()
+        if left:
+            self.kill_all()
+            raise Failure(f"processes are left: {left}", self)
+        return status
+
+    def kill_all(self):
+        """End every process of it."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Failure(Exception):
+    """A run did what it must not; with the end of what it said."""
+
+    def __init__(self, text, attempt):
+        super().__init__(f"{text}; its output ends with: {attempt.said()[-500:]!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """What a run does that is left alone.
+
+    Attributes:
+        outcome: see `outcomes`.
+        lines: of its log.
+        start_seconds: until its programs are compiled.
+        work_seconds: from then to its end.
+    """
+
+    outcome: dict
+    lines: int
+    start_seconds: float
+    work_seconds: float
+
+
+def left_alone(runs, workdir, output):
+    """Run to the end without a signal."""
+    attempt = Attempt(runs, workdir, output)
+    try:
+        attempt.wait_for(lambda: COMPILED.search(attempt.said()))
+        start = attempt.seconds()
+        status = attempt.end()
+    finally:
+        attempt.kill_all()
+    if status:
+        raise Failure(f"left alone it ended with status {status}", attempt)
+    outcome = OUTCOMES[runs.mode](workdir)
+    return Alone(outcome, attempt.lines(), start, attempt.seconds() - start)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """When a run is killed.
+
+    Attributes:
+        compiled: wait until its programs are compiled; else from the start.
+        lines: wait for so many more lines of its log.
+        seconds: wait so long after that.
+    """
+
+    compiled: bool
+    lines: int
+    seconds: float
+
+
+def moment(rng, alone, lines, later_kills):
+    """Draw when the next kill falls.
+
+    Args:
+        rng: draws always the same number of numbers.
+        alone: the run that was left alone.
+        lines: that the log of the killed run has.
+        later_kills: how many follow this one.
+    """
+    in_work, share, fraction = rng.random() < 0.5, rng.random(), rng.random()
+    if not in_work:
+        return Moment(False, 0, share * alone.start_seconds)
+    # By lines and not by the clock: a run may become faster. Every other kill leaves half of its
+    # share done; the last ones must not outlast the run.
+    left = alone.lines - lines
+    further = int(share * min(4 * left / (later_kills + 1), 0.7 * left))
+    return Moment(True, further, fraction * alone.work_seconds / alone.lines)
+
+
+def allowed(number, status, phase, several):
+    """Tell whether a run may end so after a signal."""
+    if number == signal.SIGKILL:
+        return status != 0 if several else status == -signal.SIGKILL
+    # Python has not got so far that it could do anything else.
+    early = phase == "importing" and status in (-number, 128 + number)
+    return status == RESUMABLE or early
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """What was done to a run, and what the next start made of it."""
+
+    seconds: float
+    phase: str
+    status: int
+    lines: int
+    resumed: str = ""
+
+
+def resumed(attempt):
+    """Return what a run says of where it goes on."""
+    found = RESUMED.search(attempt.said())
+    return found[0] if found else "from the beginning" if COMPILED.search(attempt.said()) else "-"
+
+
+def killed_until_the_end(runs, workdir, scratch, alone, options):
+    """Kill a run so often, then let it end; return the kills, and how the last start went on.
+
+    Raises:
+        Failure: it failed by itself, ended otherwise than it may, or left processes behind.
+    """
+    rng, number = random.Random(options.seed), getattr(signal, f"SIG{options.signal}")
+    kills = []
+    for count in range(options.kills + 1):
+        attempt = Attempt(runs, workdir, scratch / f"output{count}")
+        try:
+            if count < options.kills:
+                kill = killed(attempt, rng, number, alone, options, options.kills - count - 1)
+            else:
+                kill = None
+            status = attempt.end() if kill is None else kill.status
+        finally:
+            attempt.kill_all()
+        if kills:
+            kills[-1] = dataclasses.replace(kills[-1], resumed=resumed(attempt))
+        if kill is None:
+            if status:
+                raise Failure(f"it ended by itself with status {status}", attempt)
+            return kills
+        if status == 0:
+            # The signal came when all was done.
+            return kills
+        if not allowed(number, status, kill.phase, options.processes > 1):
+            raise Failure(f"{options.signal} in {kill.phase!r} ended it with {status}", attempt)
+        kills.append(kill)
+        print(f"{row(len(kills), kill)}", file=sys.stderr, flush=True)
+    raise AssertionError("the last attempt returns")
+
+
+def killed(attempt, rng, number, alone, options, later_kills):
+    """Wait for the moment and send the signal; return the kill, None where it ended before."""
+    when = moment(rng, alone, attempt.lines_before, later_kills)
+    if when.compiled:
+        attempt.wait_for(lambda: COMPILED.search(attempt.said()))
+    # Resuming takes the lines away of which no checkpoint knows.
+    target = attempt.lines() + when.lines if when.lines else 0
+    attempt.wait_for(lambda: attempt.lines() >= target)
+    delay = attempt.seconds() + when.seconds if when.compiled else when.seconds
+    if not attempt.wait_for(lambda: attempt.seconds() >= delay):
+        return None
+    seconds, before = attempt.seconds(), attempt.phase()
+    attempt.send(number, options.target, rng)
+    status = attempt.end()
+    phase = attempt.phase() if number == signal.SIGKILL else before
+    return Kill(seconds, phase, status, attempt.lines())
+
+
+HEADER = f"{'kill':>4} {'moment':>8}  {'phase':<30} {'status':>6} {'lines':>5}  the next start"
+
+
+def row(number, kill):
+    """Return a line of the table."""
+    return (
+        f"{number:4} {kill.seconds:6.1f} s  {kill.phase:<30} {kill.status:6} {kill.lines:5}  "
+        f"{kill.resumed}"
+    )
+
+
+def main_runs(options, more, scratch):
+    """Return the smoke runs of the options, their data made and their cache empty."""
+    data = scratch / "data"
+    script = str(ROOT / "tests/data/stand_in.py")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(options.cache or scratch / "cache")}
+    subprocess.run(
+        [sys.executable, script, str(data)],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    flags = [*FLAGS[options.mode], f"--config.dataset.data_dir={data}", *more]
+    if options.processes > 1:
+        pod = ["launch/local_pod.sh", str(options.processes), str(options.devices)]
+        environment["PYTHON"] = sys.executable
+    else:
+        pod = [sys.executable, "-m", "cpnas_jax.main"]
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
+    return Runs(
+        options.mode,
+        lambda workdir: [*pod, *flags, f"--workdir={workdir}"],
+        environment,
+        lambda line: "-m cpnas_jax.main" in line,
+    )
+
+
+def examine(runs, scratch, options):
+    """Leave two runs alone and kill a third; return what the JSON line says.
+
+    The first fills the cache of compiled programs; the second says how long a run takes and
+    whether runs repeat each other at all.
+    """
+    started, failures, kills, alone = time.monotonic(), [], [], None
+    try:
+        first = left_alone(runs, scratch / "first", scratch / "first.output")
+        alone = left_alone(runs, scratch / "alone", scratch / "alone.output")
+        parts = differing(first.outcome, alone.outcome)
+        if parts:
+            failures.append(f"two runs left alone differ in {', '.join(parts)}")
+        workdir = scratch / "killed"
+        kills = killed_until_the_end(runs, workdir, scratch, alone, options)
+        parts = differing(OUTCOMES[runs.mode](workdir), alone.outcome)
+        if parts:
+            failures.append(f"the killed run differs in {', '.join(parts)}")
+        if len(kills) < options.kills:
+            failures.append(f"the run ended after {len(kills)} kills; give it more epochs")
+    except Failure as failure:
+        failures.append(str(failure))
+    print(HEADER)
+    for number, kill in enumerate(kills, 1):
+        print(row(number, kill))
+    return {
+        **{name: getattr(options, name) for name in ("mode", "signal", "processes", "devices")},
+        "kills": len(kills),
+        "phases": dict(collections.Counter(kill.phase for kill in kills)),
+        "start_seconds": alone and round(alone.start_seconds, 1),
+        "work_seconds": alone and round(alone.work_seconds, 1),
+        "seconds": round(time.monotonic() - started, 1),
+        "failures": failures,
+        "bitwise_equal": not failures,
+    }
+
+
+def main(arguments=None):
+    """Parse the flags, kill, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mode", choices=sorted(FLAGS), required=True)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=1, help="of each process")
+    parser.add_argument("--target", choices=("one", "all", "launcher"), default="one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=pathlib.Path, help="of compiled programs; else a new one")
+    parser.add_argument("--keep", type=pathlib.Path, help="directory for the runs' files")
+    options, more = parser.parse_known_args(arguments)
+    with tempfile.TemporaryDirectory() as base:
+        scratch = options.keep or pathlib.Path(base)
+        scratch.mkdir(parents=True, exist_ok=True)
+        result = examine(main_runs(options, more, scratch), scratch, options)
+    print(json.dumps(result))
+    return 0 if result["bitwise_equal"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

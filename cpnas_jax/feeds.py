@@ -20,6 +20,7 @@ from cpnas_jax.data.datasets import Split, channel_statistics, limit_examples, l
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.stream import Stream, open_stream, placed_ahead
 from cpnas_jax.models.network import NetworkSettings
+from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.parallel import (
     pmap_donated,
@@ -46,7 +47,9 @@ DEPTH = 2
 """Batches that are on the devices before they are asked for."""
 
 _ZERO = np.zeros((), np.int32)
-_CALL = TrainCall(epoch=_ZERO, first_step=_ZERO, num_steps=_ZERO, key=np.zeros(2, np.uint32))
+_CALL = TrainCall(
+    epoch=_ZERO, first_step=_ZERO, num_steps=_ZERO, stop=_ZERO, key=np.zeros(2, np.uint32)
+)
 """What a call looks like, to compile for it."""
 
 
@@ -111,6 +114,11 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
     Raises:
         UserError: see the errors of the data; a stream without `dataset.image_size`.
     """
+    # The first process may have to prepare what the others read.
+    return processes.first_before_others(lambda: _opened(config))
+
+
+def _opened(config: config_dict.ConfigDict) -> Feed:
     dataset, split = config.dataset, config.evaluate.split
     if dataset.stream:
         if not dataset.image_size:

@@ -20,6 +20,7 @@ from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.path_optimizer import CHILD, PARENT, OptimizerSettings, PathOptimizer
 from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.interruptions import stop_wished
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
 from cpnas_jax.search_step import (
@@ -58,17 +59,22 @@ _KNOBS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class EpochResult:
-    """Sums of one training epoch of one model.
+@dataclasses.dataclass
+class EpochSums:
+    """What the steps of one model in a sampled epoch gave, as far as they are done.
 
     Attributes:
-        loss: mean over the steps.
-        accuracy: on the augmented training images, in [0, 1].
+        steps: how many.
+        loss: sum of the steps' mean losses.
     """
 
-    loss: float
-    accuracy: float
+    steps: int = 0
+    loss: float = 0.0
+
+    @property
+    def mean_loss(self) -> float:
+        """Return the mean over the steps."""
+        return self.loss / self.steps
 
 
 def _check_sizes(
@@ -122,7 +128,6 @@ class Networks:
                 f"{len(train.labels)} images"
             )
         _check_sizes(config, train, validation, self._num_devices)
-        self._batch_size = search.batch_size
         self._seed = config.seed
         self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
         self._steps_per_call = config.runtime.steps_per_call
@@ -241,41 +246,50 @@ class Networks:
                 epoch=np.asarray(epoch, np.int32),
                 first_step=np.asarray(first_step, np.int32),
                 num_steps=np.asarray(num_steps, np.int32),
+                stop=np.asarray(stop_wished(), np.int32),
                 key=self._key,
             )
         )
 
-    def train_epoch(self, model: str, architecture: np.ndarray, epoch: int) -> EpochResult:
-        """Train one model with one architecture for one epoch.
+    def train(self, model: str, architecture: np.ndarray, epoch: int, sums: EpochSums) -> bool:
+        """Train one model with one architecture for the next steps of an epoch, in one call.
+
+        Args:
+            model: CHILD or PARENT.
+            architecture: int32[2, 14].
+            epoch: sampled epochs before this one.
+            sums: of the steps done; those of this call are added.
+
+        Returns:
+            Whether the run was asked to stop, in any process.
 
         Raises:
             UserError: the loss is not finite; nothing saved is lost.
         """
-        loss, correct, first = 0.0, 0, 0
-        while first < self.steps_per_epoch:
-            count = min(self._steps_per_call, self.steps_per_epoch - first)
-            if self.first_step_seconds is None:
-                count = 1  # one step alone, to say when training began
-            call = self._call(model, architecture, epoch, first, count)
-            program = self._compiled(
-                "train", self._train, self._states[model], self._examples["train"], call
+        first = sums.steps
+        # Calls end at the same steps wherever a run was interrupted.
+        count = self._steps_per_call - first % self._steps_per_call
+        count = min(count, self.steps_per_epoch - first)
+        if self.first_step_seconds is None:
+            count = 1  # one step alone, to say when training began
+        call = self._call(model, architecture, epoch, first, count)
+        program = self._compiled(
+            "train", self._train, self._states[model], self._examples["train"], call
+        )
+        self._states[model], found = program(self._states[model], self._examples["train"], call)
+        host = to_host(found)
+        if self.first_step_seconds is None:
+            self.first_step_seconds = time.monotonic() - self._started
+        if not math.isfinite(host["loss"]):
+            key = "child_learning_rate" if model == CHILD else "learning_rate"
+            raise UserError(
+                f"the loss of the {model} is {host['loss']} in steps {first} to "
+                f"{first + count - 1} of sampled epoch {epoch + 1}; the last checkpoint is "
+                f"kept. Try a smaller config.search.{key} in a new workdir"
             )
-            self._states[model], sums = program(self._states[model], self._examples["train"], call)
-            host = to_host(sums)
-            if self.first_step_seconds is None:
-                self.first_step_seconds = time.monotonic() - self._started
-            if not math.isfinite(host["loss"]):
-                key = "child_learning_rate" if model == CHILD else "learning_rate"
-                raise UserError(
-                    f"the loss of the {model} is {host['loss']} in steps {first} to "
-                    f"{first + count - 1} of sampled epoch {epoch + 1}; the last checkpoint is "
-                    f"kept. Try a smaller config.search.{key} in a new workdir"
-                )
-            loss += float(host["loss"])
-            correct += int(host["correct"])
-            first += count
-        seen = self.steps_per_epoch * self._batch_size
-        return EpochResult(loss / self.steps_per_epoch, correct / seen)
+        sums.steps += count
+        sums.loss += float(host["loss"])
+        return bool(host["stop"])
 
     def score(self, model: str, architecture: np.ndarray) -> float:
         """Return the accuracy over the whole validation part, in [0, 1]."""

@@ -47,6 +47,7 @@ class Call:
         epoch: int32[], number of the sampled epoch.
         first_step: int32[], within the epoch.
         num_steps: int32[], of this call.
+        stop: int32[], 1 where this process was asked to stop; another value in each process.
         key: uint32[2], data of the run's random key.
     """
 
@@ -55,6 +56,7 @@ class Call:
     epoch: chex.Array
     first_step: chex.Array
     num_steps: chex.Array
+    stop: chex.Array
     key: chex.Array
 
 
@@ -85,7 +87,7 @@ def make_train_call(
     """Return the function of one device that runs several training steps; to be pmapped.
 
     It returns the new state and sums over the steps: `loss`, of the global batches' means, and
-    `correct`, of the training examples.
+    `correct`, of the training examples; and `stop`, whether any process was asked to.
     """
     per_device = settings.batch_size // settings.num_devices
 
@@ -138,7 +140,9 @@ def make_train_call(
 
         zeros = {"loss": jnp.zeros((), jnp.float32), "correct": jnp.zeros((), jnp.int32)}
         # The number of steps is an input: a last, shorter call of an epoch is the same program.
-        return lax.fori_loop(jnp.int32(0), call.num_steps, step, (state, zeros))
+        state, sums = lax.fori_loop(jnp.int32(0), call.num_steps, step, (state, zeros))
+        # All processes learn it at the same step, and so save the same.
+        return state, {**sums, "stop": lax.pmax(call.stop, AXIS)}
 
     return train_call
 

@@ -231,12 +231,14 @@ class TrainCall:
         epoch: int32[].
         first_step: int32[], within the epoch.
         num_steps: int32[], of this call; a call on a given batch is one step.
+        stop: int32[], 1 where this process was asked to stop; another value in each process.
         key: uint32[2], data of the run's random key.
     """
 
     epoch: chex.Array
     first_step: chex.Array
     num_steps: chex.Array
+    stop: chex.Array
     key: chex.Array
 
 
@@ -262,7 +264,8 @@ def make_resident_call(
     """Return the function of one device that runs several steps on data it holds; to be pmapped.
 
     Metrics are sums over the steps, and `bad_step`, the first step of the epoch whose loss or
-    gradient, or the sum of a metric up to it, was not finite, or -1.
+    gradient, or the sum of a metric up to it, was not finite, or -1; and `stop`, whether any
+    process was asked to.
     """
     per_device = settings.batch_size // settings.num_devices
 
@@ -296,7 +299,9 @@ def make_resident_call(
             totals["bad_step"] = jnp.where(~failed & bad, number, sums["bad_step"])
             return new, totals
 
-        return lax.fori_loop(jnp.int32(0), call.num_steps, body, (state, zeros))
+        state, sums = lax.fori_loop(jnp.int32(0), call.num_steps, body, (state, zeros))
+        # All processes learn it at the same step, and so save the same.
+        return state, {**sums, "stop": lax.pmax(call.stop, AXIS)}
 
     return call_steps
 
@@ -319,6 +324,6 @@ def make_stream_call(
         images = _augmented(settings, augment_key, batch.images, batch.mean, batch.std)
         state, metrics = batch_step(state, images, batch.labels, drop_key)
         bad_step = jnp.where(metrics.pop("finite"), -1, call.first_step)
-        return state, {**metrics, "bad_step": bad_step}
+        return state, {**metrics, "bad_step": bad_step, "stop": lax.pmax(call.stop, AXIS)}
 
     return call_step

@@ -22,6 +22,7 @@ from cpnas_jax.models.blocks import Levers, OperationSettings
 from cpnas_jax.models.network import CellEdges, Network, NetworkSettings
 from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.interruptions import stop_wished
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import replicate, to_host
 from cpnas_jax.train_step import (
@@ -320,8 +321,11 @@ class Trainer:
         name = {"train": "training program", "evaluate": "evaluation program"}[kind]
         return {**self._fixed_bytes(), name: needed}
 
-    def train(self, epoch: int, first_step: int, num_steps: int, sums: EpochSums) -> None:
+    def train(self, epoch: int, first_step: int, num_steps: int, sums: EpochSums) -> bool:
         """Run some steps of an epoch and add their metrics to `sums`.
+
+        Returns:
+            Whether the run was asked to stop, in any process.
 
         Raises:
             UserError: the loss or its gradient is not finite, or a device's memory is exhausted;
@@ -332,6 +336,7 @@ class Trainer:
             epoch=np.asarray(epoch, np.int32),
             first_step=np.asarray(first_step, np.int32),
             num_steps=np.asarray(num_steps, np.int32),
+            stop=np.asarray(stop_wished(), np.int32),
             key=self._key,
         )
         program = self._train_program(epoch)
@@ -350,6 +355,7 @@ class Trainer:
         values = {name: float(host[name]) for name in ("loss", *LOSS_TERMS, "accuracy")}
         assert all(map(math.isfinite, values.values()))
         sums.add(num_steps, values, time.monotonic() - before)
+        return host["stop"] > 0
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of a step."""

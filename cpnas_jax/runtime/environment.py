@@ -50,6 +50,16 @@ def device_count() -> int:
         ) from error
 
 
+def devices_text(batch_size: int) -> str:
+    """Say what shares a global batch."""
+    devices, processes = jax.device_count(), jax.process_count()
+    of_several = f" of {processes} processes" if processes > 1 else ""
+    return (
+        f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}{of_several}, batch "
+        f"{batch_size} in all, {batch_size // devices} a device."
+    )
+
+
 def compiler_options(level: int) -> dict[str, int]:
     """Return XLA's options for an optimization level of LLVM, which a CPU alone has."""
     return {"xla_backend_optimization_level": level} if jax.default_backend() == "cpu" else {}

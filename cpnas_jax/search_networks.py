@@ -22,7 +22,14 @@ from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import stop_wished
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
-from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
+from cpnas_jax.runtime.parallel import (
+    Program,
+    bytes_a_device,
+    pmap_donated,
+    pmap_kept,
+    replicate,
+    to_host,
+)
 from cpnas_jax.search_step import (
     Call,
     ModelState,
@@ -219,21 +226,16 @@ class Networks:
     def _compiled(self, name: str, function: Any, *arguments: Any) -> Any:
         if name not in self._programs:
             before = time.monotonic()
-            self._programs[name] = function.lower(*arguments).compile(self._compiler_options)
+            self._programs[name] = Program(function, arguments, self._compiler_options)
             self.compile_seconds[name] = time.monotonic() - before
         return self._programs[name]
 
     def memory_bytes(self) -> dict[str, int]:
         """Estimate what a device holds: states, data, and what the training program needs."""
-
-        def size(tree: Any) -> int:
-            return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // jax.local_device_count()
-
-        analysis = self._programs["train"].memory_analysis()
         return {
-            "weights and optimizers": size(self._states),
-            "data": size(self._examples),
-            "training program": getattr(analysis, "temp_size_in_bytes", 0),
+            "weights and optimizers": bytes_a_device(self._states),
+            "data": bytes_a_device(self._examples),
+            "training program": self._programs["train"].temporary_bytes(),
         }
 
     def _call(

@@ -24,7 +24,7 @@ from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import stop_wished
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
-from cpnas_jax.runtime.parallel import replicate, to_host
+from cpnas_jax.runtime.parallel import Program, replicate, to_host
 from cpnas_jax.train_step import (
     LOSS_TERMS,
     LossSettings,
@@ -277,7 +277,7 @@ class Trainer:
     def _compiled(self, name: Any, make: Any, *arguments: Any) -> Any:
         if name not in self._programs:
             before = time.monotonic()
-            self._programs[name] = make().lower(*arguments).compile(self._compiler_options)
+            self._programs[name] = Program(make(), arguments, self._compiler_options)
             self.compile_seconds += time.monotonic() - before
         return self._programs[name]
 
@@ -314,9 +314,7 @@ class Trainer:
             kind: `train` or `evaluate`; compiled before.
         """
         needed = max(
-            getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
-            for (own, _), program in self._programs.items()
-            if own == kind
+            program.temporary_bytes() for (own, _), program in self._programs.items() if own == kind
         )
         name = {"train": "training program", "evaluate": "evaluation program"}[kind]
         return {**self._fixed_bytes(), name: needed}

@@ -93,7 +93,11 @@ def run(argv: Sequence[str]) -> None:
     _parse(argv)
     config, workdir = _CONFIG.value, str(_WORKDIR.value)
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
-    interruptions.install()
+    with interruptions.handled():
+        _run_mode(config, workdir)
+
+
+def _run_mode(config: config_dict.ConfigDict, workdir: str) -> None:
     devices = environment.device_count()
     processes.first_alone(lambda: configs.validate(config, devices))
     versions = environment.record()["versions"]

@@ -34,15 +34,15 @@ class _Wish:
     noting: bool = False
 
 
-def install() -> None:
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM interrupt wherever they fall.
 
     Python drops what is raised in a destructor or in the callback of a weak reference, of which JAX
     has many: a run would go on as if nothing had been pressed. To be called after the processes of
     a run have joined: JAX takes SIGTERM for itself then.
     """
-    for number in SIGNALS:
-        signal.signal(number, _handle)
+    before = {number: signal.signal(number, _handle) for number in SIGNALS}
     usual = sys.unraisablehook
 
     def hook(raised: "sys.UnraisableHookArgs") -> None:
@@ -55,6 +55,12 @@ def install() -> None:
         again.start()
 
     sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

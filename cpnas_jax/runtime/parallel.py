@@ -8,6 +8,8 @@ import numpy as np
 from flax import jax_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cpnas_jax.runtime import processes
+
 AXIS = "devices"
 """Axis of all devices of all processes in a pmapped function."""
 
@@ -52,6 +54,7 @@ class Program:
     def __init__(self, function: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> None:
         """Compile for arguments like these, with options of XLA."""
         self._compiled = function.lower(*_over_all_devices(arguments)).compile(options)
+        processes.meet("program compiled")
 
     def __call__(self, *arguments: Any) -> Any:
         """Run on all devices; to be called by all processes."""

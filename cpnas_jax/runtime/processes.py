@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from cpnas_jax.runtime.errors import UserError
 
@@ -181,6 +182,16 @@ def _tell(data: bytes) -> bytes:
         part[: len(own)] = own
         told += np.asarray(multihost_utils.broadcast_one_to_all(part)).tobytes()
     return bytes(told[:length])
+
+
+def meet(place: str) -> None:
+    """Wait until all processes have come to a place; without their devices, and for an hour.
+
+    For where some may be much later than others, such as after compiling: a collective between
+    CPUs that is used for the first time waits for 30 seconds only.
+    """
+    if several():
+        multihost.sync_global_processes(place, timeout=3600)
 
 
 def require_agreement(when: str, **values: Any) -> None:

@@ -29,7 +29,9 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
-PREPARED = "from cpnas_jax.runtime.interruptions import repeat_lost\nrepeat_lost()"
+PREPARED = (
+    "from cpnas_jax.runtime.interruptions import handled\nwhole = handled()\nwhole.__enter__()"
+)
 
 
 def outcome(prepare, place):

@@ -29,7 +29,7 @@ call() {
     printf '%s\n' "$(line_of "$@")" >&3
   else
     printf '+ %s\n' "$(line_of "$@")" >&2
-    "$@"
+    "$@" 3>&-
   fi
 }
 
@@ -42,7 +42,7 @@ ask() {
     call "$@"
     printf '%s\n' "$answer"
   else
-    "$@"
+    "$@" 3>&-
   fi
 }
 
@@ -72,7 +72,7 @@ create_pod() {
     { say "the pod was not created" && return 1; }
 }
 
-# pod_state ANSWER: READY, ABSENT, DELETING, UNKNOWN (gcloud does not say), FAILED, or WAITING or LOST
+# pod_state ANSWER: READY, ABSENT, DELETING, FAILED, UNKNOWN (gcloud does not answer, or an odd word), or WAITING or LOST
 # and the state's own name. In a dry run the queued resource is ANSWER: ACTIVE or ABSENT.
 pod_state() {
   local queued node
@@ -98,7 +98,11 @@ pod_state() {
   case $node in
     READY) printf 'READY\n' ;;
     CREATING | STARTING | RESTARTING | REIMAGING | REPAIRING) printf 'WAITING %s\n' "$node" ;;
-    *) printf 'LOST %s\n' "$node" ;;
+    PREEMPTED | TERMINATED | STOPPING | STOPPED | HIDING | HIDDEN | DELETING | ABSENT)
+      printf 'LOST %s\n' "$node"
+      ;;
+    # Nothing is deleted for a word that is not understood.
+    *) printf 'UNKNOWN\n' ;;
   esac
 }
 

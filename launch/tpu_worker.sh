@@ -41,7 +41,7 @@ set_up() {
 start() {
   [ -e "$run/ready" ] || fail 'not set up; launch/tpu.sh setup does that' 1
   exec 9>>"$run/lock"
-  flock -w 5 9 || fail 'a run is active here' 3
+  flock -w 1 9 || fail 'a run is active here' 3
   rm -f "$run/status" "$run/pid"
   touch "$run/begun"
   setsid nohup bash "$0" supervise "$@" </dev/null >>"$run/log" 2>&1 &

@@ -232,7 +232,10 @@ RUN = ["run", *POD, WORKDIR]
         (["status", "--name=a", "--zone=b"], "status needs --project=..."),
         (["create", *POD], "create needs --type=..., such as --type=v4-32 (or CPNAS_TYPE"),
         (["create", *POD, "--type=v9-8"], "--version=... is needed for --type=v9-8"),
-        (["create", *POD, TYPE, "--spot", "--reserved"], "--spot and --reserved exclude each other"),
+        (
+            ["create", *POD, TYPE, "--spot", "--reserved"],
+            "--spot and --reserved exclude each other",
+        ),
         (["create", *POD, TYPE, "--wait=long"], "--wait=long is no whole number"),
         (["status", *POD, "--name=a b"], "--name=a b: lower-case letters, digits and hyphens"),
         (["status", *POD, "--zone", "b"], "unexpected --zone; flags are --FLAG=VALUE"),
@@ -406,6 +409,13 @@ def test_workers_that_wait_for_a_failed_one_are_ended(cloud):
     assert "bash tpu_worker.sh stop KILL 60" in done.stderr
     assert cloud.kinds()[3:] == ["start", "status", "stop", "status", "log"]
     assert done.returncode == 5
+
+
+@pytest.mark.parametrize("node", ["1 ERROR: timed out", "0 PAUSED", "0 "])
+def test_a_node_whose_state_is_not_understood_is_left_alone(cloud, node):
+    cloud.answers("tpu-vm describe", node)
+    assert see_through(cloud).returncode == 1
+    assert not {"delete", "create", "start"} & set(cloud.kinds())
 
 
 @pytest.mark.parametrize("state", [NOT_FOUND, "0 DELETING"])

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, STAND_INS, recorded
+from conftest import STAND_INS, recorded
 
 POD = ["--name=pod", "--project=p", "--zone=z"]
 RUN = [*POD, "--workdir=gs://bucket/run 1"]

@@ -234,7 +234,7 @@ RUN = ["run", *POD, WORKDIR]
         (["create", *POD, "--type=v9-8"], "--version=... is needed for --type=v9-8"),
         (
             ["create", *POD, TYPE, "--spot", "--reserved"],
-            "--spot and --reserved exclude each other",
+            "--spot and --reserved exclude",
         ),
         (["create", *POD, TYPE, "--wait=long"], "--wait=long is no whole number"),
         (["status", *POD, "--name=a b"], "--name=a b: lower-case letters, digits and hyphens"),

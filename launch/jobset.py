@@ -26,9 +26,15 @@ def hosts(topology: str, chips: int) -> int:
     return math.prod(map(int, topology.split("x"))) // chips
 
 
+def literal(words: Sequence[str]) -> list[str]:
+    """Return words in which Kubernetes replaces no $(NAME)."""
+    return [word.replace("$", "$$") for word in words]
+
+
 def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the JobSet."""
     machines = hosts(arguments.topology, arguments.chips)
+    workdir = f"--workdir={arguments.workdir}"
     selector = {
         "cloud.google.com/gke-tpu-accelerator": arguments.accelerator,
         "cloud.google.com/gke-tpu-topology": arguments.topology,
@@ -38,8 +44,8 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
     container = {
         "name": "main",
         "image": arguments.image,
-        "command": ["python", "-m", "cpnas_jax.main", f"--workdir={arguments.workdir}"],
-        "args": arguments.flags,
+        "command": ["python", "-m", "cpnas_jax.main", *literal([workdir])],
+        "args": literal(arguments.flags),
         # A TPU that cannot be had is an error, no reason to compute on the CPU.
         "env": [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}],
         "resources": {"limits": {"google.com/tpu": arguments.chips}},

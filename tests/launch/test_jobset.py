@@ -14,11 +14,7 @@ NEEDED = {
     "--topology": "2x2x4",
     "--workdir": "gs://bucket/run",
 }
-FLAGS = [
-    "--config=configs/cifar10.py:search",
-    "--config.search.reductions=(1, 3)",
-    "--it's=$(HOME)",
-]
+FLAGS = ["--config=configs/cifar10.py", "--config.search.reductions=(1, 3)", "--it's=$(HOME) $x"]
 
 
 def jobset(*arguments, flags=FLAGS, **changed):
@@ -46,7 +42,7 @@ def test_every_machine_of_the_slice_runs_the_same_command(topology, chips, machi
     (container,) = job["template"]["spec"]["containers"]
     assert container["resources"] == {"limits": {"google.com/tpu": chips}}
     assert container["command"] == ["python", "-m", "cpnas_jax.main", "--workdir=gs://bucket/run"]
-    assert container["args"] == [*FLAGS[:2], "--it's=$$(HOME)"]
+    assert container["args"] == [*FLAGS[:2], "--it's=$$(HOME) $$x"]
 
 
 def test_only_what_resumes_is_started_again():

@@ -16,8 +16,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# 75: the same command resumes. Those of signals: SIGABRT of JAX when it misses another process,
-# SIGKILL and SIGTERM of Kubernetes. Without a status, on a lost machine, no rule applies.
+# 75: the same command resumes. The others are those of signals: SIGABRT of JAX when it misses
+# another process, SIGKILL and SIGTERM of Kubernetes. Without a status, as on a lost machine, no
+# rule applies, which restarts as well.
 RESTARTED = [75, 134, 137, 143]
 
 

@@ -252,7 +252,7 @@ ready_pod() {
 # judge: count what the workers say in $states into running, and $outcome: the run's exit status as
 # far as it is known, 75 where the same command would resume.
 judge() {
-  local tag host state status vanished=false stopped=false
+  local tag host state status vanished=false stopped=false missed=false
   running=0 outcome=0 failing=''
   while read -r tag host state status; do
     [ "$tag" = cpnas-worker ] || continue
@@ -261,6 +261,9 @@ judge() {
       ended)
         if [ "$status" -eq 75 ]; then
           stopped=true
+        elif [ "$status" -eq 134 ]; then
+          # JAX aborts when it misses another process: no cause, where there is another one.
+          missed=true
         elif [ "$outcome" -eq 0 ] && [ "$status" -ne 0 ]; then
           outcome=$status
           failing=$host
@@ -271,7 +274,9 @@ judge() {
     esac
   done <<<"$(sort <<<"$states")"
   # When a worker is lost or stops, the others may fail of it: theirs is not the cause.
-  ! $vanished && ! $stopped || outcome=75
+  if $vanished || $stopped || { $missed && [ "$outcome" -eq 0 ]; }; then
+    outcome=75
+  fi
 }
 
 # follow_run: wait for its end and return its exit status, 75 when the pod is lost.
@@ -285,14 +290,14 @@ follow_run() {
       127) return 75 ;; # a machine was made anew
       *) return "$status" ;;
     esac
-    # The others fail of the first, or are ended here; but whatever shows that a machine is gone counts.
+    # Those that were ended here are no cause.
     [ "$cause" -eq 0 ] || [ "$outcome" -eq 75 ] || outcome=$cause
     [ "$running" -gt 0 ] || return "$outcome"
     if [ "$outcome" -ne 0 ]; then
-      cause=$outcome
       : "${failed_at:=$SECONDS}"
       if [ $((SECONDS - failed_at)) -ge "$grace" ]; then
         say "$running of the workers still run $grace s after another ended; they are ended"
+        cause=$outcome
         on_worker all 'bash tpu_worker.sh stop KILL 60' || true
       fi
     fi

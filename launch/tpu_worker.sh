@@ -47,6 +47,12 @@ start() {
   setsid nohup bash "$0" supervise "$@" </dev/null >>"$run/log" 2>&1 &
 }
 
+# Whole, or not there at all.
+note() {
+  printf '%s\n' "$2" >"$run/$1.new"
+  mv "$run/$1.new" "$run/$1"
+}
+
 supervise() {
   local status=0 pid
   cd "$root"
@@ -58,7 +64,7 @@ supervise() {
   trap : TERM INT HUP
   setsid "$venv/bin/python" -m cpnas_jax.main "$@" &
   pid=$!
-  printf '%s\n' "$pid" >"$run/pid"
+  note pid "$pid"
   # A signal ends the waiting, not main.
   while :; do
     status=0
@@ -67,8 +73,7 @@ supervise() {
   done
   kill -KILL -- "-$pid" 2>/dev/null || true
   printf '== %s: exit status %s\n' "$(date -u +%FT%TZ)" "$status"
-  printf '%s\n' "$status" >"$run/status.new"
-  mv "$run/status.new" "$run/status"
+  note status "$status"
 }
 
 state() {

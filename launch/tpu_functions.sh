@@ -139,7 +139,8 @@ wait_for_pod() {
 }
 
 set_up() {
-  local archive=${TMPDIR:-/tmp}/cpnas_jax.tar.gz command='bash tpu_worker.sh setup' status=0
+  local file=cpnas_jax-$name.tar.gz archive command status=0
+  archive=${TMPDIR:-/tmp}/$file command="bash tpu_worker.sh setup $file"
   [ -z "$(git -C "$root" status --porcelain --untracked-files=no)" ] ||
     say "changes that are not committed are not copied; the workers get commit ${commit:0:12}"
   [ -z "$data" ] || command="$command $(quoted "$data")"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What one worker of a TPU pod does; launch/tpu.sh copies it there and calls it over ssh.
-#   setup [gs://DATA]   install the copied commit, and copy prepared data sets
+#   setup FILE [DATA]   install the commit in this archive, and copy prepared data sets from gs://
 #   start FLAGS...      run main with these flags, detached from the connection
 #   status              print `cpnas-worker HOST bare|idle|running|ended STATUS|vanished`
 #   stop SIGNAL SECONDS signal the run and wait so long for its end
@@ -25,13 +25,13 @@ set_up() {
   ! active || fail 'a run is active here; stop it first' 1
   rm -f "$run/ready"
   mkdir -p "$root"
-  tar -xzf "$HOME/cpnas_jax.tar.gz" -C "$root"
+  tar -xzf "$HOME/$1" -C "$root"
   # The machines' own Python is older than the one that is needed; uv brings that.
   [ -x "$uv" ] || python3 -m pip install --user --quiet uv
   "$uv" venv --quiet --allow-existing --python 3.11 "$venv"
   "$uv" pip install --quiet --python "$venv/bin/python" "${root}[tpu,demo]"
   (cd "$root" && "$venv/bin/python" -m cpnas_jax.main --help >/dev/null)
-  [ $# -eq 0 ] || gcloud storage rsync --recursive "$1" "$HOME/tensorflow_datasets"
+  [ $# -lt 2 ] || gcloud storage rsync --recursive "$2" "$HOME/tensorflow_datasets"
   touch "$run/ready"
 }
 

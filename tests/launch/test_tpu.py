@@ -114,11 +114,11 @@ def test_set_up_copies_one_commit_and_installs_it_everywhere(cloud):
     assert done.returncode == 0, done.stderr
     copy, install = cloud.calls()
     assert copy == [
-        *["compute", "tpus", "tpu-vm", "scp", f"{cloud.directory}/cpnas_jax.tar.gz"],
+        *["compute", "tpus", "tpu-vm", "scp", f"{cloud.directory}/cpnas_jax-pod.tar.gz"],
         *[str(ROOT / "launch" / "tpu_worker.sh"), "pod:", *PLACE, "--quiet", "--worker=all"],
     ]
-    assert install == ssh("bash tpu_worker.sh setup 'gs://bucket/my data'")
-    assert not (cloud.directory / "cpnas_jax.tar.gz").exists()
+    assert install == ssh("bash tpu_worker.sh setup cpnas_jax-pod.tar.gz 'gs://bucket/my data'")
+    assert not (cloud.directory / "cpnas_jax-pod.tar.gz").exists()
 
 
 @pytest.mark.parametrize(("kind", "calls"), [("tpu-vm scp", 1), ("setup", 2)])
@@ -128,7 +128,7 @@ def test_a_set_up_that_fails_on_a_worker_fails(cloud, kind, calls):
     assert done.returncode == 7
     assert "no space left" in done.stderr
     assert len(cloud.calls()) == calls
-    assert not (cloud.directory / "cpnas_jax.tar.gz").exists()
+    assert not (cloud.directory / "cpnas_jax-pod.tar.gz").exists()
 
 
 def test_run_hands_every_flag_on_as_it_is(cloud):

@@ -76,6 +76,8 @@ def _parse(argv: Sequence[str]) -> None:
 def run(argv: Sequence[str]) -> None:
     """Parse the flags and run the mode; a mistake raises UserError or flags.Error."""
     _parse(argv)
+    configs.check_values(_CONFIG.value)
+    environment.fix_threads(_CONFIG.value.runtime.deterministic)
     configs.validate(_CONFIG.value, environment.device_count())
     if _CONFIG.value.runtime.compilation_cache:
         environment.cache_compiled_programs()

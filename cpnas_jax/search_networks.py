@@ -22,6 +22,7 @@ from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
+from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.search_step import (
     Call,
     ModelState,
@@ -34,9 +35,9 @@ MODELS = (CHILD, PARENT)
 
 
 def supernet_settings(
-    config: config_dict.ConfigDict, num_classes: int
+    config: config_dict.ConfigDict, num_classes: int, shards: Shards
 ) -> supernet.SupernetSettings:
-    """Return the supernet of a config."""
+    """Return the supernet of a config, whose batches are divided into `shards`."""
     search = config.search
     return supernet.SupernetSettings(
         cells=search.cells,
@@ -48,6 +49,7 @@ def supernet_settings(
             formulation=config.runtime.formulation,
             separable_repeats=search.separable_repeats,
             binary_preprocess=search.binary_preprocess,
+            statistics=shards.statistics(config.runtime.synchronise_statistics),
         ),
     )
 
@@ -72,7 +74,7 @@ class EpochResult:
 
 
 def _check_sizes(
-    config: config_dict.ConfigDict, train: Split, validation: Split, num_devices: int
+    config: config_dict.ConfigDict, train: Split, validation: Split, num_shards: int
 ) -> None:
     """Compare the config's sizes with those of the data.
 
@@ -80,7 +82,7 @@ def _check_sizes(
         UserError: one is too large; its key is named.
     """
     search = config.search
-    largest = -(-len(validation.labels) // num_devices) * num_devices
+    largest = -(-len(validation.labels) // num_shards) * num_shards
     if search.score_batch_size > largest:
         raise UserError(
             f"config.search.score_batch_size is {search.score_batch_size}; the validation part has "
@@ -114,20 +116,20 @@ class Networks:
             UserError: sizes of the config that the data or the memory do not allow.
         """
         search = config.search
-        self._num_devices = jax.device_count()
+        self._shards = Shards(jax.device_count(), config.runtime.deterministic)
         self.steps_per_epoch = len(train.labels) // search.batch_size
         if not self.steps_per_epoch:
             raise UserError(
                 f"config.search.batch_size is {search.batch_size}; the training part has only "
                 f"{len(train.labels)} images"
             )
-        _check_sizes(config, train, validation, self._num_devices)
+        _check_sizes(config, train, validation, self._shards.count)
         self._batch_size = search.batch_size
         self._seed = config.seed
         self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
         self._steps_per_call = config.runtime.steps_per_call
         self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
-        self._settings = supernet_settings(config, train.num_classes)
+        self._settings = supernet_settings(config, train.num_classes, self._shards)
         self._image_shape = train.images.shape[1:]
         total_steps = sampled_epochs * self.steps_per_epoch
         self._optimizer = PathOptimizer(
@@ -146,7 +148,7 @@ class Networks:
         step = StepSettings(
             supernet=self._settings,
             batch_size=search.batch_size,
-            num_devices=self._num_devices,
+            shards=self._shards,
             crop_padding=config.dataset.crop_padding,
             flip=config.dataset.flip,
             steps_per_epoch=self.steps_per_epoch,
@@ -154,7 +156,7 @@ class Networks:
         self._train = pmap_donated(make_train_call(step, self._optimizer))
         self._score = pmap_kept(
             make_score_call(
-                self._settings, len(validation.labels), search.score_batch_size, self._num_devices
+                self._settings, len(validation.labels), search.score_batch_size, self._shards
             )
         )
         self._programs: dict[str, Any] = {}
@@ -241,6 +243,7 @@ class Networks:
                 epoch=np.asarray(epoch, np.int32),
                 first_step=np.asarray(first_step, np.int32),
                 num_steps=np.asarray(num_steps, np.int32),
+                passes=np.asarray(self._shards.passes, np.int32),
                 key=self._key,
             )
         )

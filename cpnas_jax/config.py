@@ -126,6 +126,10 @@ def base_config() -> config_dict.ConfigDict:
     runtime.checkpoint_every = 0  # training steps between checkpoints; 0: every epoch
     runtime.formulation = "auto"  # of depthwise convolution and pooling, by the backend
     runtime.optimization_level = 3  # of LLVM on a CPU; 1 compiles a quarter faster
+    runtime.synchronise_statistics = True  # BN by the whole batch, not by each device's part
+    # V > 0: every batch in V shards, added up in their order, for the same bits on any number of
+    # devices that divides V; a shard has its own BN statistics. 0: as fast as it goes.
+    runtime.deterministic = 0
     runtime.compilation_cache = True  # keep compiled programs in ~/.cache/cpnas_jax between runs
     return config.lock()
 
@@ -266,12 +270,8 @@ def keys_hash(keys: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
-    """Check every key against its rule, and the keys against each other.
-
-    Args:
-        config: to be checked.
-        num_devices: over all processes; they share each batch.
+def check_values(config: config_dict.ConfigDict) -> None:
+    """Check every key against its rule.
 
     Raises:
         UserError: the first bad key, its value and what would be right.
@@ -287,6 +287,19 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
             value = value[part]
         if not rule.test(value):
             raise UserError(f"config.{key} is {value!r}; it must be {rule.words}")
+
+
+def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
+    """Check every key against its rule, and the keys against each other.
+
+    Args:
+        config: to be checked.
+        num_devices: over all processes; they share each batch.
+
+    Raises:
+        UserError: the first bad key, its value and what would be right.
+    """
+    check_values(config)
     if config.genotype and config.mode in ("search", "pipeline"):
         raise UserError(
             f"config.genotype is {config.genotype!r}; with the mode {config.mode}, which searches "
@@ -318,11 +331,23 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
     searched = ("search.batch_size", "search.score_batch_size")
     trained = ("train.batch_size", "evaluate.batch_size")
     used = {"search": searched, "train": trained, "evaluate": trained, "summary": ()}
+    shards = config.runtime.deterministic
+    if shards % num_devices:
+        raise UserError(
+            f"config.runtime.deterministic is {shards}; it must be a multiple of the "
+            f"{num_devices} devices that share the shards, or 0"
+        )
     for key in used.get(config.mode, searched + trained):
         section, name = key.split(".")
-        if config[section][name] % num_devices:
+        value = config[section][name]
+        if shards and value % shards:
             raise UserError(
-                f"config.{key} is {config[section][name]}; it must be a multiple of the "
+                f"config.{key} is {value}; it must be a multiple of "
+                f"config.runtime.deterministic={shards}, the shards it is cut into"
+            )
+        if value % num_devices:
+            raise UserError(
+                f"config.{key} is {value}; it must be a multiple of the "
                 f"{num_devices} devices that share it"
             )
 

@@ -92,6 +92,8 @@ def run(argv: Sequence[str]) -> None:
     """Parse the flags and run the mode; a mistake raises UserError or flags.Error."""
     _parse(argv)
     config, workdir = _CONFIG.value, str(_WORKDIR.value)
+    configs.check_values(config)
+    environment.fix_threads(config.runtime.deterministic)
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
     with interruptions.handled():
         _run_mode(config, workdir)

@@ -30,6 +30,7 @@ from cpnas_jax.runtime.parallel import (
     replicate,
     to_host,
 )
+from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.search_step import (
     Call,
     ModelState,
@@ -42,9 +43,9 @@ MODELS = (CHILD, PARENT)
 
 
 def supernet_settings(
-    config: config_dict.ConfigDict, num_classes: int
+    config: config_dict.ConfigDict, num_classes: int, shards: Shards
 ) -> supernet.SupernetSettings:
-    """Return the supernet of a config."""
+    """Return the supernet of a config, whose batches are divided into `shards`."""
     search = config.search
     return supernet.SupernetSettings(
         cells=search.cells,
@@ -56,6 +57,7 @@ def supernet_settings(
             formulation=config.runtime.formulation,
             separable_repeats=search.separable_repeats,
             binary_preprocess=search.binary_preprocess,
+            statistics=shards.statistics(config.runtime.synchronise_statistics),
         ),
     )
 
@@ -85,7 +87,7 @@ class EpochSums:
 
 
 def _check_sizes(
-    config: config_dict.ConfigDict, train: Split, validation: Split, num_devices: int
+    config: config_dict.ConfigDict, train: Split, validation: Split, num_shards: int
 ) -> None:
     """Compare the config's sizes with those of the data.
 
@@ -93,7 +95,7 @@ def _check_sizes(
         UserError: one is too large; its key is named.
     """
     search = config.search
-    largest = -(-len(validation.labels) // num_devices) * num_devices
+    largest = -(-len(validation.labels) // num_shards) * num_shards
     if search.score_batch_size > largest:
         raise UserError(
             f"config.search.score_batch_size is {search.score_batch_size}; the validation part has "
@@ -127,19 +129,19 @@ class Networks:
             UserError: sizes of the config that the data or the memory do not allow.
         """
         search = config.search
-        self._num_devices = jax.device_count()
+        self._shards = Shards(jax.device_count(), config.runtime.deterministic)
         self.steps_per_epoch = len(train.labels) // search.batch_size
         if not self.steps_per_epoch:
             raise UserError(
                 f"config.search.batch_size is {search.batch_size}; the training part has only "
                 f"{len(train.labels)} images"
             )
-        _check_sizes(config, train, validation, self._num_devices)
+        _check_sizes(config, train, validation, self._shards.count)
         self._seed = config.seed
         self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
         self._steps_per_call = config.runtime.steps_per_call
         self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
-        self._settings = supernet_settings(config, train.num_classes)
+        self._settings = supernet_settings(config, train.num_classes, self._shards)
         self._image_shape = train.images.shape[1:]
         total_steps = sampled_epochs * self.steps_per_epoch
         self._optimizer = PathOptimizer(
@@ -158,7 +160,7 @@ class Networks:
         step = StepSettings(
             supernet=self._settings,
             batch_size=search.batch_size,
-            num_devices=self._num_devices,
+            shards=self._shards,
             crop_padding=config.dataset.crop_padding,
             flip=config.dataset.flip,
             steps_per_epoch=self.steps_per_epoch,
@@ -166,7 +168,7 @@ class Networks:
         self._train = pmap_donated(make_train_call(step, self._optimizer))
         self._score = pmap_kept(
             make_score_call(
-                self._settings, len(validation.labels), search.score_batch_size, self._num_devices
+                self._settings, len(validation.labels), search.score_batch_size, self._shards
             )
         )
         self._programs: dict[str, Any] = {}
@@ -249,6 +251,7 @@ class Networks:
                 first_step=np.asarray(first_step, np.int32),
                 num_steps=np.asarray(num_steps, np.int32),
                 stop=np.asarray(stop_wished(), np.int32),
+                passes=np.asarray(self._shards.passes, np.int32),
                 key=self._key,
             )
         )

@@ -25,6 +25,7 @@ from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import stop_wished
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import Program, replicate, to_host
+from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.train_step import (
     LOSS_TERMS,
     LossSettings,
@@ -135,7 +136,7 @@ class Trainer:
         for name in ("crop_padding", "cutout"):
             check_fits_images(f"config.dataset.{name}", config.dataset[name], facts.image_shape)
         self.total_steps = options.epochs * self.steps_per_epoch
-        self._num_devices = jax.device_count()
+        self._shards = Shards(jax.device_count(), config.runtime.deterministic)
         self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
         self._image_shape = facts.image_shape
         self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
@@ -259,14 +260,18 @@ class Trainer:
 
     def _step_settings(self, real_weights: bool) -> StepSettings:
         options, dataset = self._config.train, self._config.dataset
-        operations = dataclasses.replace(self._settings.operations, binary_weights=not real_weights)
+        operations = dataclasses.replace(
+            self._settings.operations,
+            binary_weights=not real_weights,
+            statistics=self._shards.statistics(self._config.runtime.synchronise_statistics),
+        )
         return StepSettings(
             network=dataclasses.replace(self._settings, operations=operations),
             loss=self._loss,
             drop_path=self._config.network.drop_path,
             average_decay=options.average_decay,
             batch_size=options.batch_size,
-            num_devices=self._num_devices,
+            shards=self._shards,
             crop_padding=dataset.crop_padding,
             flip=dataset.flip,
             color_jitter=dataset.color_jitter,
@@ -335,6 +340,7 @@ class Trainer:
             first_step=np.asarray(first_step, np.int32),
             num_steps=np.asarray(num_steps, np.int32),
             stop=np.asarray(stop_wished(), np.int32),
+            passes=np.asarray(self._shards.passes, np.int32),
             key=self._key,
         )
         program = self._train_program(epoch)

@@ -11,11 +11,13 @@ import pytest
 from draws import QUICK
 
 from cpnas_jax.data.examples import Examples
-from cpnas_jax.models.network import Network, NetworkSettings, init
+from cpnas_jax.models.network import DropPath, Network, NetworkSettings, init
 from cpnas_jax.runtime.parallel import AXIS
+from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.train_step import (
     LOSS_TERMS,
     LossSettings,
+    Shard,
     StepSettings,
     TrainCall,
     TrainState,
@@ -41,7 +43,7 @@ SETTINGS = StepSettings(
     drop_path=0.8,
     average_decay=0.9,
     batch_size=2 * PER_DEVICE,
-    num_devices=2,
+    shards=Shards(2),
     crop_padding=0,
     flip=False,
     color_jitter=0.0,
@@ -57,13 +59,13 @@ def normal(shape, seed):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def objective(params, stats, means, images, labels, key, drop_path):
+def objective(params, stats, means, images, labels, positions, key, drop_path):
     """Eq. 4.17 and 4.18 with smoothed labels and the auxiliary classifier, of one device."""
     outputs, changed = Network(SETTINGS.network).apply(
         {"params": params, "batch_stats": stats},
         images,
         train=True,
-        drop_path=jnp.float32(drop_path),
+        drop_path=DropPath(jnp.float32(drop_path), positions),
         rngs={"drop_path": key},
         mutable=["batch_stats"],
     )
@@ -129,12 +131,14 @@ def test_a_step_on_two_devices():
         parent=None,
         step=np.int32(5),
     )
-    keys = jax.random.split(jax.random.key(7), 2)
+    key, positions = jax.random.key(7), np.arange(2 * PER_DEVICE, dtype=np.int32).reshape(2, -1)
     step = make_batch_step(SETTINGS, optimizer, None)
-    program = jax.jit(
-        jax.vmap(step, in_axes=(None, 0, 0, 0), axis_name=AXIS), compiler_options=QUICK
-    )
-    found, metrics = program(state, images, labels, keys)
+
+    def on_a_device(*own):
+        return step(state, lambda _: Shard(*own), key, jnp.int32(1))
+
+    program = jax.jit(jax.vmap(on_a_device, axis_name=AXIS), compiler_options=QUICK)
+    found, metrics = program(images, labels, positions)
 
     # Half of the steps are done: half of the rate of dropping.
     gradient = jax.jit(
@@ -142,8 +146,8 @@ def test_a_step_on_two_devices():
         compiler_options=QUICK,
     )
     devices = [
-        gradient(state.params, state.batch_stats, means, *own)
-        for own in zip(images, labels, keys, strict=True)
+        gradient(state.params, state.batch_stats, means, *own, key)
+        for own in zip(images, labels, positions, strict=True)
     ]
     gradients = mean_of([gradients for _, gradients in devices])
     params = jax.tree.map(lambda p, g: p - RATE * g, state.params, gradients)
@@ -179,10 +183,11 @@ NORMALISED = ((PIXELS / 255.0 - 0.5) / 0.25).astype(np.float32)
 
 def seen_by_a_step(resident, **augmentation):
     """The images of an epoch of one step, by label, as the step is given them."""
-    settings = dataclasses.replace(SETTINGS, num_devices=1, **augmentation)
+    settings = dataclasses.replace(SETTINGS, shards=Shards(1), **augmentation)
 
-    def step(state, images, labels, key):
-        del key
+    def step(state, load, key, passes):
+        del key, passes
+        images, labels, _ = load(jnp.int32(0))
         terms = dict.fromkeys(("loss", *LOSS_TERMS, "accuracy"), jnp.float32(0))
         return state.at[labels].set(images), {**terms, "finite": jnp.bool(True)}
 
@@ -193,7 +198,7 @@ def seen_by_a_step(resident, **augmentation):
     )
     examples = Examples(PIXELS, np.arange(8, dtype=np.int32), MEAN, STD)
     key = np.asarray(jax.random.key_data(jax.random.key(1)))
-    call = TrainCall(np.int32(0), np.int32(0), np.int32(1), key)
+    call = TrainCall(np.int32(0), np.int32(0), np.int32(1), np.int32(0), np.int32(1), key)
     state, _ = program(jnp.zeros((1, *PIXELS.shape), jnp.float32), examples, call)
     return np.asarray(state[0])
 

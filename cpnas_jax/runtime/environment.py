@@ -34,6 +34,21 @@ def process_start() -> float:
     return time.monotonic() - max(age, time.monotonic() - _IMPORTED)
 
 
+def fix_threads(shards: int) -> None:
+    """Let what a CPU computes not depend on how many devices the process makes of it.
+
+    A matrix product with a long sum is cut among the threads of XLA's pool, which are as many as
+    the cores or, where that is more, the process' devices. With as many as there are virtual
+    shards, which no number of devices exceeds, it is cut the same way on any number of devices.
+
+    Args:
+        shards: of the deterministic mode; 0 changes nothing. To be called before JAX looks for its
+            devices.
+    """
+    if shards:
+        os.environ["NPROC"] = str(shards)
+
+
 def device_count() -> int:
     """Return the number of devices of all processes.
 

@@ -145,10 +145,10 @@ class Checkpoints:
         host = jax.tree.map(np.asarray, state)
         # Leaves by position: optimizer states are tuples of types that a file need not know.
         leaves = {f"leaf{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(host))}
-        digests = {"digest": digest(host), "record_digest": _record_digest(record)}
+        checks = {"step": step, "digest": digest(host), "record_digest": _record_digest(record)}
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves),
-            record=ocp.args.JsonSave({**digests, "record": record}),
+            record=ocp.args.JsonSave({**checks, "record": record}),
         )
         with self._writing():
             saved = self._manager.save(step, args=arguments)
@@ -168,6 +168,7 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but they are of another config, or none of them can
                 be used.
+            OSError: a damaged one cannot be put aside.
         """
         structure = jax.tree.structure(like)
 
@@ -189,8 +190,6 @@ class Checkpoints:
         for step in steps:
             try:
                 restored = self._restore(step, like, config_hash)
-                self._put_aside(damaged)
-                return restored
             except UserError:
                 raise
             # Damage shows in as many ways as there are layers below: any of them means the same.
@@ -202,6 +201,10 @@ class Checkpoints:
                     self._directory / str(step),
                     reason,
                 )
+            else:
+                # What fails here is the directory's fault, not this checkpoint's.
+                self._put_aside(damaged)
+                return restored
         if steps:
             raise UserError(
                 f"no checkpoint in {self._directory} can be read (last reason: {reason}); "
@@ -236,16 +239,19 @@ class Checkpoints:
     def _record(self, step: int, config_hash: str | None) -> tuple[dict[str, Any], str]:
         """Return the record and the arrays' digest; before the arrays, whose shapes it explains."""
         found = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-        record, digests = found["record"]["record"], found["record"]
-        if _record_digest(record) != digests["record_digest"]:
+        record, checks = found["record"]["record"], found["record"]
+        if _record_digest(record) != checks["record_digest"]:
             raise ValueError("its record does not have the digest that was saved")
+        # A directory that was renamed or copied is whole but for its number.
+        if checks.get("step") != step:
+            raise ValueError(f"it was not saved under this number but {checks.get('step')}")
         if config_hash is not None and record["config_hash"] != config_hash:
             raise UserError(
                 f"the checkpoints in {self._directory} are not of this config (config_hash "
                 f"{record['config_hash']!r}, here {config_hash!r}); use its config or another "
                 "--workdir"
             )
-        return record, digests["digest"]
+        return record, checks["digest"]
 
     def _restore(self, step: int, like: Any, config_hash: str | None) -> Restored:
         record, expected = self._record(step, config_hash)

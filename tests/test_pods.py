@@ -3,7 +3,6 @@
 In the deterministic mode both have the same bits, also when they are stopped in the middle.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -13,10 +12,9 @@ import time
 import pytest
 import stand_in
 from command_line import ROOT
+from outcomes import OUTCOMES
 from pod import run_together
 from small_training import GENOTYPE, SMALL
-
-from cpnas_jax.runtime.checkpoints import Checkpoints
 
 SHARED = (
     *("--config.runtime.deterministic=4", "--config.runtime.optimization_level=0"),
@@ -80,20 +78,6 @@ def undisturbed(files, mode, tmp_path_factory):
     return workdir
 
 
-def outcome(mode, workdir):
-    """The log and the results without durations, the cells, the digest of the last state."""
-    name = {"search": "history.jsonl", "train": "metrics.jsonl"}[mode]
-    lines = [json.loads(line) for line in (workdir / mode / name).read_text().splitlines()]
-    results = json.loads((workdir / "results.json").read_text())
-    for entry in (*lines, results[mode]):
-        entry.pop("seconds", None)
-        entry.pop("images_per_second", None)
-    cells = (workdir / ("genotype.json" if mode == "search" else "train/genotype.json")).read_text()
-    with Checkpoints(workdir / mode / "checkpoints", 2) as checkpoints:
-        newest = checkpoints.steps()[-1]
-        return lines, results, cells, newest, checkpoints._record(newest, None)[1]
-
-
 # The short form leaves it to the run that is stopped below, which shows the same.
 @pytest.mark.slow
 def test_two_processes_of_two_devices_have_the_same_bits(files, mode, undisturbed, tmp_path):
@@ -103,7 +87,7 @@ def test_two_processes_of_two_devices_have_the_same_bits(files, mode, undisturbe
     # The first alone speaks; what gloo says of its connections is not the project's.
     said = [line for line in second[1].splitlines() if "Gloo" not in line and "Rank" not in line]
     assert said == []
-    assert outcome(mode, tmp_path) == outcome(mode, undisturbed)
+    assert OUTCOMES[mode](tmp_path) == OUTCOMES[mode](undisturbed)
     assert {path.name for path in tmp_path.iterdir()} == {
         path.name for path in undisturbed.iterdir()
     }
@@ -116,7 +100,7 @@ def test_several_devices_of_a_process_have_the_same_bits(
 ):
     status, _, errors = alone(files, mode, tmp_path, devices)
     assert status == 0, errors
-    assert outcome(mode, tmp_path) == outcome(mode, undisturbed)
+    assert OUTCOMES[mode](tmp_path) == OUTCOMES[mode](undisturbed)
 
 
 def test_one_sigterm_stops_both_processes_at_the_same_step(files, mode, undisturbed, tmp_path):
@@ -150,7 +134,7 @@ def test_one_sigterm_stops_both_processes_at_the_same_step(files, mode, undistur
     assert status == 0, errors
     assert "Resumed " in output
     assert "Begun elsewhere: devices was" in output
-    found, expected = outcome(mode, tmp_path / "run"), outcome(mode, undisturbed)
+    found, expected = OUTCOMES[mode](tmp_path / "run"), OUTCOMES[mode](undisturbed)
     assert found == expected
 
 

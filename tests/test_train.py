@@ -143,7 +143,11 @@ def test_a_trained_network_answers_for_its_checkpoint_and_for_no_other_cells(con
     assert value["top1"] <= value["top5"] <= 1
     shares = np.diagonal(value["confusion"]) / np.sum(value["confusion"], axis=1)
     assert value["per_class"] == pytest.approx(shares)
-    assert f"37 examples: top-1 {value['top1']:.4f}" in file.getvalue()
+    assert (
+        f"last checkpoint, after epoch 2, on the split test, 37 examples: top-1 {value['top1']:.4f}"
+    ) in file.getvalue()
+    assert "estimated memory of a device: " in file.getvalue()
+    assert "evaluation program" in file.getvalue()
     config.genotype = "DARTS_V2"
     with pytest.raises(UserError, match="has other cells than were trained"):
         run(config, trained.workdir)

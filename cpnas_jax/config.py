@@ -28,13 +28,14 @@ What each gives is measured in docs/results.md.
 def base_config() -> config_dict.ConfigDict:
     """Return all keys with the values of the CIFAR-10 search."""
     config = config_dict.ConfigDict()
-    config.mode = "search"  # what to run, one of MODES
-    config.seed = 0  # decides data parts, order, augmentation, weights and permutations
+    config.mode = "search"  # what to run, one of MODES [ours]
+    config.seed = 0  # decides data parts, order, augmentation, weights and permutations [ours]
 
-    # What to train: a genotype file, or a name of architecture/named.py; "" is the workdir's own.
+    # What to train: a genotype file, or a name of architecture/named.py; "" is the workdir's own
+    # [ours].
     config.genotype = ""
 
-    config.dataset = dataset = config_dict.ConfigDict()
+    config.dataset = dataset = config_dict.ConfigDict()  # [ours], but for what is said below
     dataset.name = "cifar10"  # a tfds image classification set, or mnist5k
     dataset.data_dir = ""  # where tfds keeps prepared sets; "" is TFDS_DATA_DIR or tfds' default
     dataset.image_size = 0  # resize to this many pixels a side; 0 keeps the stored size
@@ -51,7 +52,7 @@ def base_config() -> config_dict.ConfigDict:
     search.strategy = "cp"  # Algorithm 9 [paper]
     search.beta_p = 2.0  # eq. 4.15; 2 is the best of the paper's ablation [paper]
     search.rounds = 3  # T, rounds of a stage [kin]
-    search.examples = 0  # use so many of the train split, an equal share a class; 0 uses all
+    search.examples = 0  # use so many of the train split, an equal share a class; 0: all [ours]
     search.validation_fraction = 0.5  # of them, for scoring [kin]
     search.operations = OPERATIONS  # the K operations every edge starts with [paper]
     search.cells = 6  # [kin]
@@ -72,7 +73,7 @@ def base_config() -> config_dict.ConfigDict:
     config.network = network = config_dict.ConfigDict()
     network.cells = 10  # of the discrete network; reductions at 1/3 and 2/3 of the depth [ours]
     network.channels = 100  # C of the first cell; with top2 edges 10 to 11 M parameters [ours]
-    network.precision = "binary"  # binary: the 1-bit child; float: the parent
+    network.precision = "binary"  # binary: the 1-bit child [paper]; float: the parent
     network.stem = "cifar"  # cifar: a 3x3 convolution; imagenet: three of stride 2 [kin]
     network.auxiliary = True  # auxiliary classifier after cell 2L // 3 [kin]
     network.drop_path = 0.2  # its rate at the end of training, from 0 [kin]
@@ -84,11 +85,11 @@ def base_config() -> config_dict.ConfigDict:
     network.prelu = False  # PReLU after the BN of a unit [kin]
     network.first_norm = False  # BN before a unit's first sign [kin]
     network.real_depthwise = False  # depthwise convolutions see real activations [kin]
-    network.learnable_sign = False  # a threshold for each channel's sign (ReActNet)
-    network.learnable_prelu = False  # PReLU with shifts for each channel (ReActNet)
+    network.learnable_sign = False  # a threshold for each channel's sign, of ReActNet [ours]
+    network.learnable_prelu = False  # PReLU with shifts for each channel, of ReActNet [ours]
 
     config.train = train = config_dict.ConfigDict()
-    train.examples = 0  # as search.examples; of a stream the first so many
+    train.examples = 0  # as search.examples; of a stream the first so many [ours]
     train.epochs = 600  # [paper]
     train.batch_size = 128  # global, over all devices [paper]
     train.learning_rate = 1e-3  # of the child, by Adam; cosine to 0 [kin]

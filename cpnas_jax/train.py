@@ -15,7 +15,6 @@ from cpnas_jax.runtime import environment, processes
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.interruptions import Stopped, noted
-from cpnas_jax.runtime.memory import describe
 from cpnas_jax.runtime.workdir import History, Workdir
 from cpnas_jax.trained import (
     check_cells,
@@ -179,10 +178,7 @@ class _Run:
             self.reporter.start_progress(epochs, first, "compiling the programs")
             self.trainer.compile(first, epochs - 1)
             self.reporter.show(f"epoch {first + 1}/{epochs}")
-            self.reporter.say(
-                f"Compiled in {self.trainer.compile_seconds:.1f} s; estimated memory of a device: "
-                f"{describe(self.trainer.memory_bytes('train'))}."
-            )
+            self.reporter.say(self.trainer.compiled_text("train"))
 
     def go_on(self) -> None:
         """Train to the last epoch, evaluating and saving on the way."""

@@ -23,7 +23,7 @@ from cpnas_jax.models.network import CellEdges, Network, NetworkSettings
 from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import stop_wished
-from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
+from cpnas_jax.runtime.memory import check_memory, describe, exhaustion_explained
 from cpnas_jax.runtime.parallel import Program, replicate, to_host
 from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.train_step import (
@@ -297,10 +297,26 @@ class Trainer:
         for epoch in (first, last):
             with exhaustion_explained(_KNOBS):
                 self._train_program(epoch)
-            with exhaustion_explained(_EVALUATION_KNOBS):
-                self._counting_program(epoch)
         check_memory(self.memory_bytes("train"), _KNOBS)
+        for epoch in (first, last):
+            self.compile_evaluation(epoch)
+
+    def compile_evaluation(self, epoch: int) -> None:
+        """Compile the program of `evaluate`.
+
+        Raises:
+            UserError: it needs more memory than a device has.
+        """
+        with exhaustion_explained(_EVALUATION_KNOBS):
+            self._counting_program(epoch)
         check_memory(self.memory_bytes("evaluate"), _EVALUATION_KNOBS)
+
+    def compiled_text(self, kind: str) -> str:
+        """Say how long compiling took and what the programs of a kind need of a device."""
+        return (
+            f"Compiled in {self.compile_seconds:.1f} s; estimated memory of a device: "
+            f"{describe(self.memory_bytes(kind))}."
+        )
 
     def _fixed_bytes(self) -> dict[str, int]:
         """Return what a device holds whatever the program needs."""

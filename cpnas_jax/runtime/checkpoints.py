@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -82,6 +82,11 @@ def digest(state: Any) -> str:
 
 def _record_digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says in part of a line."""
+    return " ".join(str(error).split())[:200]
 
 
 def holds_checkpoints(directory: epath.Path) -> bool:
@@ -170,10 +175,44 @@ class Checkpoints:
                 be used.
             OSError: a damaged one cannot be put aside.
         """
+        return self._told(like, lambda: self._newest_whole(like, config_hash))
+
+    def restore_only_newest(
+        self, like: Any, config_hash: str | None, remedy: str
+    ) -> Restored | None:
+        """Read the newest checkpoint and no other in its place; None where there is none.
+
+        Args:
+            like: see `restore_newest`.
+            config_hash: see `restore_newest`.
+            remedy: what the user can do about a damaged one.
+
+        Raises:
+            UserError: it is damaged or of another config; nothing is put aside.
+        """
+
+        def newest() -> Restored | None:
+            steps = self._steps()
+            if not steps:
+                return None
+            try:
+                return self._restore(steps[-1], like, config_hash)
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(
+                    f"the checkpoint {self._directory / str(steps[-1])} is damaged "
+                    f"({_reason(error)}); {remedy}"
+                ) from error
+
+        return self._told(like, newest)
+
+    def _told(self, like: Any, read: Callable[[], Restored | None]) -> Restored | None:
+        """Return in all processes what the first one reads."""
         structure = jax.tree.structure(like)
 
         def told() -> tuple[int, list[np.ndarray], dict[str, Any]] | None:
-            newest = self._newest(like, config_hash)
+            newest = read()
             if newest is None:
                 return None
             return newest.step, jax.tree.leaves(newest.state), newest.record
@@ -184,7 +223,7 @@ class Checkpoints:
         step, leaves, record = found
         return Restored(step, jax.tree.unflatten(structure, leaves), record)
 
-    def _newest(self, like: Any, config_hash: str | None) -> Restored | None:
+    def _newest_whole(self, like: Any, config_hash: str | None) -> Restored | None:
         steps = self._steps()[::-1]
         reason, damaged = "", list[int]()
         for step in steps:
@@ -194,7 +233,7 @@ class Checkpoints:
                 raise
             # Damage shows in as many ways as there are layers below: any of them means the same.
             except Exception as error:
-                reason = " ".join(str(error).split())[:200]
+                reason = _reason(error)
                 damaged.append(step)
                 _LOGGER.warning(
                     "checkpoint %s is damaged and passed over: %s",

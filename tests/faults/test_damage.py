@@ -94,8 +94,8 @@ class TestWhatAnUnsafeRestoreIsCalled:
         assert verdict == UNNAMED
 
     def test_without_the_one_before(self, saved, tmp_path, monkeypatch):
-        steps = module.Checkpoints.steps
-        monkeypatch.setattr(module.Checkpoints, "steps", lambda self: steps(self)[::2])
+        steps = module.Checkpoints._steps
+        monkeypatch.setattr(module.Checkpoints, "_steps", lambda self: steps(self)[::2])
         verdict, reason = script.examine(saved, flip_the_largest(saved), tmp_path)
         assert (verdict, "[9, 10] are whole" in reason) == (LOST, True)
 

@@ -130,6 +130,30 @@ def test_a_damaged_newest_is_passed_over_and_named(saved, damage, caplog):
     assert str(saved / "2") in messages[0]
 
 
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, empty])
+@pytest.mark.parametrize("part", ["state", "record"])
+def test_a_damaged_newest_is_an_error_where_no_other_will_do(saved, damage, part):
+    files = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    own = [path for path in files if path.is_relative_to(saved / "2" / part)]
+    damaged = max(own, key=lambda path: len(files[path]))
+    damage(damaged)
+    files[damaged] = damaged.read_bytes()
+    with Checkpoints(saved, keep=2) as checkpoints, pytest.raises(UserError) as caught:
+        checkpoints.restore_only_newest(tree(0), None, "do this")
+    text = str(caught.value)
+    assert text.startswith(f"the checkpoint {saved / '2'} is damaged (")
+    assert text.endswith("); do this")
+    assert "\n" not in text
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == files
+
+
+def test_only_the_newest_is_read(saved):
+    with Checkpoints(saved, keep=2) as checkpoints:
+        assert_same(checkpoints.restore_only_newest(tree(0), None, "").state, tree(2))
+    with Checkpoints(saved / "new", keep=2) as checkpoints:
+        assert checkpoints.restore_only_newest(tree(0), None, "") is None
+
+
 def test_a_damaged_number_is_saved_again(saved):
     truncate(data_files(saved / "2")[0])
     checkpoints = Checkpoints(saved, keep=2)

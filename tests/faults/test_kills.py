@@ -16,15 +16,13 @@ import pytest
 
 STAND_IN = """
 import json, os, pathlib, signal, subprocess, sys, time
-workdir, fault, starts = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+workdir, fault, last = pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
 if fault == "needs one start":
-    starts = 1
+    last = workdir
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 log, found = workdir / "search/history.jsonl", workdir / "search/checkpoints"
 found.mkdir(parents=True, exist_ok=True)
-with (workdir / "starts").open("a") as file:
-    file.write("+")
 numbers = [int(path.name) for path in found.iterdir() if path.name.isdigit()]
 number, total, state = max(numbers, default=0), 30, 0.0
 print(f"Resumed after sampled epoch {number}." if number else "Searching", flush=True)
@@ -36,8 +34,8 @@ time.sleep(0.1)
 print("Compiled in 0.1 s", flush=True)
 if fault == "leaves a child":
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], stdout=2)
-# However late the kills come, it is not over before the last.
-while number < total or starts > len((workdir / "starts").read_text()):
+# However late the kills come, it is not over before the start after the last.
+while number < total or not last.exists():
     time.sleep(0.01)
     if stop:
         sys.exit(1 if fault == "fails when stopped" else 75)
@@ -65,10 +63,10 @@ def killed(tmp_path, capsys):
         options = {"mode": "search", "kills": 6, "signal": "KILL", "target": "one", "seed": 0}
         options |= {"processes": 1, "devices": 1, **changes}
         command = [sys.executable, "-S", str(tmp_path / "run.py")]
-        starts = {"first": 1, "alone": 1, "killed": options["kills"] + 1}
+        last = {"killed": tmp_path / f"output{options['kills']}"}
         runs = script.Runs(
             "search",
-            lambda workdir: [*command, str(workdir), fault, str(starts[workdir.name])],
+            lambda workdir: [*command, str(workdir), fault, str(last.get(workdir.name, workdir))],
             dict(os.environ),
             lambda line: "run.py" in line,
         )

@@ -212,17 +212,31 @@ class _Run:
         )
 
     def _sampled_epoch(self, is_first: bool) -> None:
-        progress, position, search = self.progress, self.progress.position, self.config.search
+        progress, position = self.progress, self.progress.position
         compiled = sum(self.networks.compile_seconds.values())
         permutations = stage_permutations(
             self.config.seed, position.stage, position.round_index, progress.survivors
         )
-        architecture = permutations[position.sample - 1]
+        # One, or as many of the round's as are trained at the same time.
+        first = position.sample - 1
+        architectures = permutations[first : first + self.networks.paths]
         for _ in MODELS[len(progress.underway.accuracies) :]:
-            self._train_and_score(architecture)
+            self._train_and_score(architectures)
         underway, progress.underway = progress.underway, Underway()
-        accuracies = underway.accuracies
-        z = child_parent_score(accuracies[CHILD], accuracies[PARENT], search.beta_p)
+        compiled = sum(self.networks.compile_seconds.values()) - compiled
+        for number, architecture in enumerate(architectures):
+            line = self._credit(architecture, underway, number, len(architectures))
+            self._tell_epoch(line, underway, len(architectures), compiled, is_first and number == 0)
+            self._advance()
+        self._save()
+
+    def _credit(
+        self, architecture: np.ndarray, underway: Underway, number: int, together: int
+    ) -> dict[str, Any]:
+        """Give alpha what an architecture's accuracies say; return the line of the history."""
+        progress, position = self.progress, self.progress.position
+        accuracies = {model: underway.accuracies[model][number] for model in MODELS}
+        z = child_parent_score(accuracies[CHILD], accuracies[PARENT], self.config.search.beta_p)
         progress.alpha, progress.alpha_state = update_alpha(
             progress.alpha, progress.alpha_state, architecture, z, position.round_index
         )
@@ -234,7 +248,7 @@ class _Run:
             child_accuracy=accuracies[CHILD],
             parent_accuracy=accuracies[PARENT],
             z=z,
-            seconds=underway.seconds,
+            seconds=underway.seconds / together,
         )
         processes.require_agreement(
             f"sampled epoch {position.epoch + 1}",
@@ -245,12 +259,9 @@ class _Run:
         )
         self.history.append(line)
         position.epoch += 1
-        compiled = sum(self.networks.compile_seconds.values()) - compiled
-        self._tell_epoch(line, underway, underway.seconds - compiled, is_first)
-        self._advance()
-        self._save()
+        return line
 
-    def _train_and_score(self, architecture: np.ndarray) -> None:
+    def _train_and_score(self, architectures: np.ndarray) -> None:
         """Take the next model through its part of the sampled epoch.
 
         Raises:
@@ -264,20 +275,27 @@ class _Run:
         )
         while sums.steps < networks.steps_per_epoch:
             before = time.monotonic()
-            stop = networks.train(model, architecture, epoch, sums)
+            stop = networks.train(model, architectures, epoch, sums)
             underway.seconds += time.monotonic() - before
             if stop:
                 self._save()
                 self.checkpoints.wait()
                 raise Stopped(self._where())
         before = time.monotonic()
-        underway.accuracies[model] = networks.score(model, architecture)
+        underway.accuracies[model] = networks.score(model, architectures)
         underway.seconds += time.monotonic() - before
 
     def _tell_epoch(
-        self, line: dict[str, Any], underway: Underway, seconds: float, is_first: bool
+        self,
+        line: dict[str, Any],
+        underway: Underway,
+        together: int,
+        compiling: float,
+        is_first: bool,
     ) -> None:
+        """Say what a sampled epoch gave, and how long it takes apart from compiling."""
         position = self.progress.position
+        seconds = (underway.seconds - compiling) / together
         images = 2 * self.networks.steps_per_epoch * self.config.search.batch_size / seconds
         left = seconds * (self.total - position.epoch)
         losses = " / ".join(f"{underway.sums[model].mean_loss:.2f}" for model in MODELS)

@@ -81,7 +81,7 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
     )
     with checkpoints:
         run = _Run(config, networks, directory, checkpoints, reporter, total)
-        reporter.say(plan_text(config, train, validation, total, networks.steps_per_epoch))
+        reporter.say(plan_text(config, train, validation, total, networks))
         run.resume_or_start()
         run.go_on()
     return finish(
@@ -180,9 +180,25 @@ class _Run:
                 found.state["alpha_state"],
                 Underway.from_record(found.record["underway"]),
             )
+            self._refuse_other_paths(found.record["paths"])
             self.history = History(self.history_path, found.record["history"])
             self.reporter.say(f"Resumed {self._where()}.")
         self.networks.load(states)
+
+    def _refuse_other_paths(self, stored: int) -> None:
+        """Compare how many architectures are trained at the same time with a checkpoint's number.
+
+        Raises:
+            UserError: some are half trained, and here another number is trained together.
+        """
+        here = self.networks.paths
+        if self.progress.underway.sums and stored != here:
+            raise UserError(
+                f"the search was stopped while {stored} architectures were trained at the same "
+                f"time, and these devices train {here}; finish them on a number of devices that "
+                f"makes {stored} groups (config.search.parallel is "
+                f"{self.config.search.parallel!r})"
+            )
 
     def go_on(self) -> None:
         """Sample, train, score and drop until one operation is left on every edge."""
@@ -341,6 +357,7 @@ class _Run:
         record = {
             "position": dataclasses.asdict(progress.position),
             "underway": dataclasses.asdict(progress.underway),
+            "paths": self.networks.paths,
             "history": self.history.lines,
             "config_hash": config_hash(self.config),
         }

@@ -1,6 +1,7 @@
 """What a search asks of its networks and does with their answers; networks are stood in for."""
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -284,6 +285,49 @@ def test_a_signal_after_the_last_step_is_not_forgotten(monkeypatch, tmp_path, ha
     with pytest.raises(Stopped, match="after the last step"):
         run(monkeypatch, tmp_path, Late)
     assert "Resumed after sampled epoch 35 of 35" in run(monkeypatch, tmp_path)[1]
+
+
+class Together(Oracle):
+    """Trains up to three architectures of a round at the same time."""
+
+    paths = 3
+
+
+def test_waves_of_a_round_are_credited_in_its_order(monkeypatch, tmp_path):
+    genotype, said = run(monkeypatch, tmp_path, Together)
+    lines = log_of(tmp_path)
+    # Whatever is trained together, the log is that of an Algorithm 9: it can be replayed.
+    checked = replay(lines, seed=0, rounds=1, beta_p=2.0, operations=OPERATIONS)
+    np.testing.assert_array_equal(genotype.architecture(), checked.operations)
+    assert "Up to 3 architectures of a round are trained at the same time" in said
+    requests = Together.last.requests
+    waves = [len(list(group)) for _, group in itertools.groupby(requests, lambda each: each[:2])]
+    # A round of 8 is 3 + 3 + 2; both models are trained and then scored.
+    assert waves[:12] == [3] * 8 + [2] * 4
+    trained = [epoch for *what, _, epoch in requests if what == ["train", CHILD]]
+    assert trained == list(range(35))
+
+
+@pytest.mark.parametrize("paths", [3, 2])
+def test_a_wave_is_finished_by_as_many_groups(monkeypatch, tmp_path, handlers, paths):
+    class Signalled(Together):
+        def train(self, own, architectures, epoch, sums):
+            stop = super().train(own, architectures, epoch, sums)
+            if (epoch, own, sums.steps) == (3, PARENT, 2) and not stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+                sum(range(10))  # the signal is looked at here
+                return stop_wished()
+            return stop
+
+    with pytest.raises(Stopped, match="in sampled epoch 4 of 35, after step 2 of the parent"):
+        run(monkeypatch, tmp_path / "run", Signalled)
+    monkeypatch.setattr(Oracle, "paths", paths)
+    if paths == 2:
+        with pytest.raises(UserError, match=r"3 architectures were .* these devices train 2"):
+            run(monkeypatch, tmp_path / "run")
+    monkeypatch.setattr(Oracle, "paths", 3)
+    genotype, _ = run(monkeypatch, tmp_path / "run")
+    assert genotype == run(monkeypatch, tmp_path / "undisturbed")[0]
 
 
 class FakeProgram:

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +71,29 @@ def variants(subject: str) -> dict[str, dict[str, object]]:
     return {"without L_H": without("reconstruction", "center"), **weights, **parent}
 
 
-def train(base: Path, keys: dict[str, object], core: int) -> dict[str, float]:
-    """Train in a process on one core; return its accuracies and seconds."""
-    command = [sys.executable, "-m", "cpnas_jax.main", "--config=configs/cifar10.py:train"]
+def run_phase(
+    phase: str, base: Path, keys: dict[str, object], core: int, devices: int = 1
+) -> dict[str, Any]:
+    """Search or train in a process on one core; return what its results.json says of it."""
+    command = [sys.executable, "-m", "cpnas_jax.main", f"--config=configs/cifar10.py:{phase}"]
     overrides = [f"--config.{key}={value}" for key, value in keys.items()]
     base.mkdir(parents=True, exist_ok=True)
+    flags = f"--xla_force_host_platform_device_count={devices}"
     with open(base / "log", "a") as log:
         subprocess.run(
             [*command, f"--workdir={base}", *overrides],
             stdout=log,
             stderr=log,
             check=True,
+            env={**os.environ, "XLA_FLAGS": flags},
             preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
-    results = json.loads((base / "results.json").read_text())["train"]
+    return json.loads((base / "results.json").read_text())[phase]
+
+
+def train(base: Path, keys: dict[str, object], core: int) -> dict[str, float]:
+    """Train in a process on one core; return its accuracies and seconds."""
+    results = run_phase("train", base, keys, core)
     return {"top1": results["test"]["top1"], "seconds": results["seconds"]}
 
 
@@ -102,6 +112,67 @@ def spread_text(found: dict[str, Any], sign: str = "") -> str:
     """Return mean [least, largest] of a `spread`; `sign` "+" writes it of every number."""
     mean, least, largest = (f"{found[key]:{sign}.3f}" for key in ("mean", "least", "largest"))
     return f"{mean} [{least}, {largest}]"
+
+
+def run_all(
+    names: list[str],
+    seeds: int,
+    keep: Path | None,
+    run: Callable[[str, int, Path, int], dict[str, float]],
+) -> dict[str, list[dict[str, float]]]:
+    """Run (name, seed, directory, core) for all, one a core at a time; return name -> results."""
+    cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+    available = sorted(os.sched_getaffinity(0))
+    for core in available:
+        cores.put(core)
+
+    def on_a_core(scratch: Path, name: str, seed: int) -> dict[str, float]:
+        core = cores.get()
+        try:
+            found = run(name, seed, scratch / name.replace(" ", "_") / str(seed), core)
+        finally:
+            cores.put(core)
+        print(f"{name}, seed {seed}: {found}", flush=True)
+        return found
+
+    # Seeds outermost: what ends early is a comparison of fewer seeds.
+    wanted = [(name, seed) for seed in range(seeds) for name in names]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        concurrent.futures.ThreadPoolExecutor(len(available)) as pool,
+    ):
+        base = keep or Path(scratch)
+        runs = list(pool.map(lambda pair: on_a_core(base, *pair), wanted))
+    return {
+        name: [found for (own, _), found in zip(wanted, runs, strict=True) if own == name]
+        for name in names
+    }
+
+
+def report(title: str, of: dict[str, list[dict[str, float]]], budget: dict[str, object]) -> None:
+    """Print a table and a JSON line of accuracies; the first name is what all are compared to."""
+    first = next(iter(of.values()))
+    result = {
+        "benchmark": title,
+        "top1": {name: spread([run["top1"] for run in found]) for name, found in of.items()},
+        # Of the same seeds.
+        "difference": {
+            name: spread(
+                [one["top1"] - other["top1"] for one, other in zip(found, first, strict=True)]
+            )
+            for name, found in of.items()
+        },
+        "seconds": {name: spread([run["seconds"] for run in found]) for name, found in of.items()},
+        "budget": budget,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+    }
+    heads = ("top-1: mean [least, largest]", "paired difference")
+    print(f"{'':44}{heads[0]:>30}{heads[1]:>30}")
+    for name in of:
+        top1, difference = result["top1"][name], result["difference"][name]
+        print(f"{name:44}{spread_text(top1):>30}{spread_text(difference, '+'):>30}")
+    print(json.dumps(result))
 
 
 def parse_flags() -> argparse.Namespace:
@@ -133,61 +204,19 @@ def main() -> None:
         if unknown:
             raise SystemExit(f"--only={unknown.pop()!r}; offered are {list(chosen)}")
         chosen = {name: keys for name, keys in chosen.items() if name in flags.only}
-    cores: queue.SimpleQueue[int] = queue.SimpleQueue()
-    available = sorted(os.sched_getaffinity(0))
-    for core in available:
-        cores.put(core)
 
-    with tempfile.TemporaryDirectory() as scratch:
+    def run(name: str, seed: int, base: Path, core: int) -> dict[str, float]:
+        keys = {
+            **budget,
+            **chosen[name],
+            "seed": seed,
+            "genotype": flags.genotype,
+            "dataset.data_dir": flags.data_dir,
+        }
+        return train(base, keys, core)
 
-        def run(name: str, seed: int) -> dict[str, float]:
-            keys = {
-                **budget,
-                **chosen[name],
-                "seed": seed,
-                "genotype": flags.genotype,
-                "dataset.data_dir": flags.data_dir,
-            }
-            core = cores.get()
-            try:
-                base = (flags.keep or Path(scratch)) / name.replace(" ", "_") / str(seed)
-                found = train(base, keys, core)
-            finally:
-                cores.put(core)
-            print(f"{name}, seed {seed}: {found}", flush=True)
-            return found
-
-        # Seeds outermost: what ends early is a comparison of fewer seeds.
-        wanted = [(name, seed) for seed in range(flags.seeds) for name in chosen]
-        with concurrent.futures.ThreadPoolExecutor(len(available)) as pool:
-            runs = list(pool.map(lambda pair: run(*pair), wanted))
-
-    of = {
-        name: [found for (own, _), found in zip(wanted, runs, strict=True) if own == name]
-        for name in chosen
-    }
-    first = of[next(iter(chosen))]
-    result = {
-        "benchmark": f"train_variants {flags.subject}",
-        "top1": {name: spread([run["top1"] for run in found]) for name, found in of.items()},
-        # Of the same seeds.
-        "difference": {
-            name: spread(
-                [one["top1"] - other["top1"] for one, other in zip(found, first, strict=True)]
-            )
-            for name, found in of.items()
-        },
-        "seconds": {name: spread([run["seconds"] for run in found]) for name, found in of.items()},
-        "budget": budget,
-        "cores": len(available),
-        "python": platform.python_version(),
-    }
-    heads = ("top-1: mean [least, largest]", "paired difference")
-    print(f"{'':44}{heads[0]:>30}{heads[1]:>30}")
-    for name in of:
-        top1, difference = result["top1"][name], result["difference"][name]
-        print(f"{name:44}{spread_text(top1):>30}{spread_text(difference, '+'):>30}")
-    print(json.dumps(result))
+    of = run_all(list(chosen), flags.seeds, flags.keep, run)
+    report(f"train_variants {flags.subject}", of, budget)
 
 
 if __name__ == "__main__":

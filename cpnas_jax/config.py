@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from cpnas_jax.architecture.sampling import num_paths
 from cpnas_jax.config_rules import MODES, RULES
 from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.runtime.errors import UserError
@@ -50,6 +51,9 @@ def base_config() -> config_dict.ConfigDict:
 
     config.search = search = config_dict.ConfigDict()
     search.strategy = "cp"  # Algorithm 9 [paper]
+    # data: the devices share each batch [paper: one device]; path: each group of devices trains
+    # another architecture of a round at the same time, see docs/devices.md [ours]
+    search.parallel = "data"
     search.beta_p = 2.0  # eq. 4.15; 2 is the best of the paper's ablation [paper]
     search.rounds = 3  # T, rounds of a stage [kin]
     search.examples = 0  # use so many of the train split, an equal share a class; 0: all [ours]
@@ -333,23 +337,25 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
     trained = ("train.batch_size", "evaluate.batch_size")
     used = {"search": searched, "train": trained, "evaluate": trained, "summary": ()}
     shards = config.runtime.deterministic
-    if shards % num_devices:
-        raise UserError(
-            f"config.runtime.deterministic is {shards}; it must be a multiple of the "
-            f"{num_devices} devices that share the shards, or 0"
-        )
     for key in used.get(config.mode, searched + trained):
         section, name = key.split(".")
-        value = config[section][name]
+        value, sharing = config[section][name], num_devices
+        if section == "search" and search.parallel == "path":
+            sharing //= num_paths(num_devices, len(search.operations))
+        if shards % sharing:
+            raise UserError(
+                f"config.runtime.deterministic is {shards}; it must be a multiple of the "
+                f"{sharing} devices that share the shards, or 0"
+            )
         if shards and value % shards:
             raise UserError(
                 f"config.{key} is {value}; it must be a multiple of "
                 f"config.runtime.deterministic={shards}, the shards it is cut into"
             )
-        if value % num_devices:
+        if value % sharing:
             raise UserError(
                 f"config.{key} is {value}; it must be a multiple of the "
-                f"{num_devices} devices that share it"
+                f"{sharing} devices that share it"
             )
 
 

@@ -17,6 +17,7 @@ from cpnas_jax.runtime.errors import UserError
 MODES = ("pipeline", "search", "train", "evaluate", "summary")
 OPTIMIZERS = ("sgd", "adam")
 STRATEGIES = ("cp",)
+PARALLEL = ("data", "path")
 PRECISIONS = ("binary", "float")
 
 
@@ -120,6 +121,7 @@ RULES = {
     "evaluate.batch_size": _integer(1),
     "runtime.checkpoint_every": _integer(0),
     "search.strategy": _one_of(STRATEGIES),
+    "search.parallel": _one_of(PARALLEL),
     # Beyond, float32 alpha could not be checked against eq. 4.16 with any sense.
     "search.beta_p": _number(-100, 100),
     "search.rounds": _integer(1),

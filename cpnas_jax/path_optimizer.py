@@ -6,6 +6,7 @@ are kept as they were where the operation was not sampled.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -82,6 +83,7 @@ class PathOptimizer:
         architecture: jax.Array,
         binary: jax.Array,
         step: jax.Array,
+        share: Callable[[Params], Params] | None = None,
     ) -> tuple[Params, dict[str, Any]]:
         """Return new parameters and state; unsampled operations are bitwise the old ones.
 
@@ -92,10 +94,16 @@ class PathOptimizer:
             architecture: int32[2, 14], what was sampled.
             binary: bool[], child or parent.
             step: int32[], steps taken before in the whole search.
+            share: what becomes of the clipped gradients that every path uses, where several paths
+                are trained at the same time.
         """
         # Optax's Adam raises a float to an integer count, which strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
             gradients, _ = self._clip.update(gradients, optax.EmptyState())
+            if share is not None:
+                common, groups = _split(gradients)
+                values = [group.values for group in groups]
+                gradients = _join(share(common), values, gradients)
             rate = self._schedule(step) * jnp.where(
                 binary, self._settings.child_learning_rate, self._settings.learning_rate
             )
@@ -138,6 +146,58 @@ class PathOptimizer:
             )
         new_state = {"shared": shared_state, "edges": new_states}
         return _join(new_shared, new_values, params), {**state, name: new_state}
+
+
+def merge_paths(
+    params: Params,
+    state: dict[str, Any],
+    architecture: jax.Array,
+    *,
+    axis_name: str,
+    is_leader: jax.Array,
+) -> tuple[Params, dict[str, Any]]:
+    """Put together what devices have made of the operations that each of them sampled.
+
+    To be called inside a pmapped function. No two architectures share an operation of an edge, so
+    every parameter has one owner at most; where it has none, all devices hold the same.
+
+    Args:
+        params: of `supernet.init`; the same on all devices but for sampled operations.
+        state: of `PathOptimizer.init`, likewise.
+        architecture: int32[2, 14], what this device's group sampled.
+        axis_name: of the devices.
+        is_leader: bool[], one device of each group.
+
+    Returns:
+        Parameters and state, bitwise those of each owner, the same on all devices.
+    """
+
+    def merged(group: _Group) -> Callable[[jax.Array], jax.Array]:
+        owned = group.sampled(architecture) & is_leader
+        has_owner = lax.psum(owned.astype(jnp.int32), axis_name) > 0
+
+        def of_leaf(leaf: jax.Array) -> jax.Array:
+            # Bits are added, not numbers: 0 + -0.0 is not -0.0.
+            bits = lax.bitcast_convert_type(leaf, jnp.uint32)
+            told = lax.psum(jnp.where(owned, bits, jnp.uint32(0)), axis_name)
+            return lax.bitcast_convert_type(jnp.where(has_owner, told, bits), leaf.dtype)
+
+        return of_leaf
+
+    shared, groups = _split(params)
+    mergers = [merged(group) for group in groups]
+    values = [merge(group.values) for merge, group in zip(mergers, groups, strict=True)]
+    states = {
+        name: {
+            **rule,
+            "edges": [
+                jax.tree.map(merge, edge)
+                for merge, edge in zip(mergers, rule["edges"], strict=True)
+            ],
+        }
+        for name, rule in state.items()
+    }
+    return _join(shared, values, params), states
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
     )
     with checkpoints:
         run = _Run(config, networks, directory, checkpoints, reporter, total)
-        reporter.say(plan_text(config, train, validation, total, networks.steps_per_epoch))
+        reporter.say(plan_text(config, train, validation, total, networks))
         run.resume_or_start()
         run.go_on()
     return finish(
@@ -180,9 +180,25 @@ class _Run:
                 found.state["alpha_state"],
                 Underway.from_record(found.record["underway"]),
             )
+            self._refuse_other_paths(found.record["paths"])
             self.history = History(self.history_path, found.record["history"])
             self.reporter.say(f"Resumed {self._where()}.")
         self.networks.load(states)
+
+    def _refuse_other_paths(self, stored: int) -> None:
+        """Compare how many architectures are trained at the same time with a checkpoint's number.
+
+        Raises:
+            UserError: some are half trained, and here another number is trained together.
+        """
+        here = self.networks.paths
+        if self.progress.underway.sums and stored != here:
+            raise UserError(
+                f"the search was stopped while {stored} architectures were trained at the same "
+                f"time, and these devices train {here}; finish them on a number of devices that "
+                f"makes {stored} groups (config.search.parallel is "
+                f"{self.config.search.parallel!r})"
+            )
 
     def go_on(self) -> None:
         """Sample, train, score and drop until one operation is left on every edge."""
@@ -212,17 +228,31 @@ class _Run:
         )
 
     def _sampled_epoch(self, is_first: bool) -> None:
-        progress, position, search = self.progress, self.progress.position, self.config.search
+        progress, position = self.progress, self.progress.position
         compiled = sum(self.networks.compile_seconds.values())
         permutations = stage_permutations(
             self.config.seed, position.stage, position.round_index, progress.survivors
         )
-        architecture = permutations[position.sample - 1]
+        # One, or as many of the round's as are trained at the same time.
+        first = position.sample - 1
+        architectures = permutations[first : first + self.networks.paths]
         for _ in MODELS[len(progress.underway.accuracies) :]:
-            self._train_and_score(architecture)
+            self._train_and_score(architectures)
         underway, progress.underway = progress.underway, Underway()
-        accuracies = underway.accuracies
-        z = child_parent_score(accuracies[CHILD], accuracies[PARENT], search.beta_p)
+        compiled = sum(self.networks.compile_seconds.values()) - compiled
+        for number, architecture in enumerate(architectures):
+            line = self._credit(architecture, underway, number, len(architectures))
+            self._tell_epoch(line, underway, len(architectures), compiled, is_first and number == 0)
+            self._advance()
+        self._save()
+
+    def _credit(
+        self, architecture: np.ndarray, underway: Underway, number: int, together: int
+    ) -> dict[str, Any]:
+        """Give alpha what an architecture's accuracies say; return the line of the history."""
+        progress, position = self.progress, self.progress.position
+        accuracies = {model: underway.accuracies[model][number] for model in MODELS}
+        z = child_parent_score(accuracies[CHILD], accuracies[PARENT], self.config.search.beta_p)
         progress.alpha, progress.alpha_state = update_alpha(
             progress.alpha, progress.alpha_state, architecture, z, position.round_index
         )
@@ -234,7 +264,7 @@ class _Run:
             child_accuracy=accuracies[CHILD],
             parent_accuracy=accuracies[PARENT],
             z=z,
-            seconds=underway.seconds,
+            seconds=underway.seconds / together,
         )
         processes.require_agreement(
             f"sampled epoch {position.epoch + 1}",
@@ -245,12 +275,9 @@ class _Run:
         )
         self.history.append(line)
         position.epoch += 1
-        compiled = sum(self.networks.compile_seconds.values()) - compiled
-        self._tell_epoch(line, underway, underway.seconds - compiled, is_first)
-        self._advance()
-        self._save()
+        return line
 
-    def _train_and_score(self, architecture: np.ndarray) -> None:
+    def _train_and_score(self, architectures: np.ndarray) -> None:
         """Take the next model through its part of the sampled epoch.
 
         Raises:
@@ -264,20 +291,27 @@ class _Run:
         )
         while sums.steps < networks.steps_per_epoch:
             before = time.monotonic()
-            stop = networks.train(model, architecture, epoch, sums)
+            stop = networks.train(model, architectures, epoch, sums)
             underway.seconds += time.monotonic() - before
             if stop:
                 self._save()
                 self.checkpoints.wait()
                 raise Stopped(self._where())
         before = time.monotonic()
-        underway.accuracies[model] = networks.score(model, architecture)
+        underway.accuracies[model] = networks.score(model, architectures)
         underway.seconds += time.monotonic() - before
 
     def _tell_epoch(
-        self, line: dict[str, Any], underway: Underway, seconds: float, is_first: bool
+        self,
+        line: dict[str, Any],
+        underway: Underway,
+        together: int,
+        compiling: float,
+        is_first: bool,
     ) -> None:
+        """Say what a sampled epoch gave, and how long it takes apart from compiling."""
         position = self.progress.position
+        seconds = (underway.seconds - compiling) / together
         images = 2 * self.networks.steps_per_epoch * self.config.search.batch_size / seconds
         left = seconds * (self.total - position.epoch)
         losses = " / ".join(f"{underway.sums[model].mean_loss:.2f}" for model in MODELS)
@@ -323,6 +357,7 @@ class _Run:
         record = {
             "position": dataclasses.asdict(progress.position),
             "underway": dataclasses.asdict(progress.underway),
+            "paths": self.networks.paths,
             "history": self.history.lines,
             "config_hash": config_hash(self.config),
         }

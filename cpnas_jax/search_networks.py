@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from cpnas_jax.architecture.sampling import SHAPE
+from cpnas_jax.architecture.sampling import SHAPE, num_paths
 from cpnas_jax.config_rules import check_fits_images
 from cpnas_jax.data.datasets import Split, channel_statistics
 from cpnas_jax.data.examples import Examples
@@ -17,6 +17,7 @@ from cpnas_jax.data.order import weights_key
 from cpnas_jax.models import supernet
 from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.operations import OperationSettings
+from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.path_optimizer import CHILD, PARENT, OptimizerSettings, PathOptimizer
 from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
@@ -25,6 +26,7 @@ from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import (
     Program,
     bytes_a_device,
+    local_positions,
     pmap_donated,
     pmap_kept,
     replicate,
@@ -129,7 +131,9 @@ class Networks:
             UserError: sizes of the config that the data or the memory do not allow.
         """
         search = config.search
-        self._shards = Shards(jax.device_count(), config.runtime.deterministic)
+        devices, operations = jax.device_count(), len(search.operations)
+        self.paths = num_paths(devices, operations) if search.parallel == "path" else 1
+        self._shards = Shards(devices, config.runtime.deterministic, self.paths)
         self.steps_per_epoch = len(train.labels) // search.batch_size
         if not self.steps_per_epoch:
             raise UserError(
@@ -220,7 +224,7 @@ class Networks:
         Raises:
             UserError: it needs more memory than a device has.
         """
-        call = self._call(CHILD, np.zeros(SHAPE, np.int32), 0, 0, 1)
+        call = self._call(CHILD, np.zeros((1, *SHAPE), np.int32), 0, 0, 1)
         with exhaustion_explained(_KNOBS):
             self._compiled("train", self._train, self._states[CHILD], self._examples["train"], call)
         check_memory(self.memory_bytes(), _KNOBS)
@@ -241,28 +245,38 @@ class Networks:
         }
 
     def _call(
-        self, model: str, architecture: np.ndarray, epoch: int, first_step: int, num_steps: int
+        self, model: str, architectures: np.ndarray, epoch: int, first_step: int, num_steps: int
     ) -> Call:
-        return replicate(
-            Call(
-                architecture=np.asarray(architecture, np.int32),
+        """Return a call with each local device's own values along the first axis."""
+        # A group without a path has `none` on every edge, and nothing to do.
+        idle = np.full(SHAPE, OPERATIONS.index("none"), np.int32)
+
+        def of_device(position: int) -> Call:
+            group = position // self._shards.group_size
+            active = group < len(architectures)
+            return Call(
+                architecture=np.asarray(architectures[group], np.int32) if active else idle,
+                active=np.asarray(active, np.float32),
                 binary=np.asarray(model == CHILD),
-                epoch=np.asarray(epoch, np.int32),
+                epoch=np.asarray(epoch + group, np.int32),
+                rate_epoch=np.asarray(epoch, np.int32),
                 first_step=np.asarray(first_step, np.int32),
                 num_steps=np.asarray(num_steps, np.int32),
                 stop=np.asarray(stop_wished(), np.int32),
                 passes=np.asarray(self._shards.passes, np.int32),
                 key=self._key,
             )
-        )
 
-    def train(self, model: str, architecture: np.ndarray, epoch: int, sums: EpochSums) -> bool:
-        """Train one model with one architecture for the next steps of an epoch, in one call.
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(of_device, local_positions()))
+
+    def train(self, model: str, architectures: np.ndarray, epoch: int, sums: EpochSums) -> bool:
+        """Train one model for the next steps of a sampled epoch, in one call.
 
         Args:
             model: CHILD or PARENT.
-            architecture: int32[2, 14].
-            epoch: sampled epochs before this one.
+            architectures: int32[n, 2, 14], n at most `paths`: trained at the same time, each as
+                the sampled epoch of its own number.
+            epoch: sampled epochs before that of the first.
             sums: of the steps done; those of this call are added.
 
         Returns:
@@ -277,7 +291,7 @@ class Networks:
         count = min(count, self.steps_per_epoch - first)
         if self.first_step_seconds is None:
             count = 1  # one step alone, to say when training began
-        call = self._call(model, architecture, epoch, first, count)
+        call = self._call(model, architectures, epoch, first, count)
         program = self._compiled(
             "train", self._train, self._states[model], self._examples["train"], call
         )
@@ -296,9 +310,14 @@ class Networks:
         sums.loss += float(host["loss"])
         return bool(host["stop"])
 
-    def score(self, model: str, architecture: np.ndarray) -> float:
-        """Return the accuracy over the whole validation part, in [0, 1]."""
-        call = self._call(model, architecture, 0, 0, 0)
+    def score(self, model: str, architectures: np.ndarray) -> list[float]:
+        """Return each architecture's accuracy over the whole validation part, in [0, 1].
+
+        Args:
+            model: CHILD or PARENT.
+            architectures: int32[n, 2, 14], n at most `paths`.
+        """
+        call = self._call(model, architectures, 0, 0, 0)
         arguments = (self._states[model].params, self._examples["validation"], call)
-        correct = self._compiled("score", self._score, *arguments)(*arguments)
-        return int(to_host(correct)) / self._num_validation
+        correct = to_host(self._compiled("score", self._score, *arguments)(*arguments))
+        return [int(count) / self._num_validation for count in correct[: len(architectures)]]

@@ -29,16 +29,17 @@ class Position:
 
 @dataclasses.dataclass
 class Underway:
-    """A sampled epoch that is not over; a search may be stopped in its middle.
+    """A sampled epoch, or several at the same time, not over; a search may be stopped in it.
 
     Attributes:
         sums: model -> what its training gave so far.
-        accuracies: model -> its accuracy, once it is trained and scored.
+        accuracies: model -> its accuracies with the architectures that are trained at the same
+            time, once it is trained and scored.
         seconds: spent on it.
     """
 
     sums: dict[str, EpochSums] = dataclasses.field(default_factory=dict)
-    accuracies: dict[str, float] = dataclasses.field(default_factory=dict)
+    accuracies: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
 
     @classmethod

@@ -27,7 +27,7 @@ from cpnas_jax.models import supernet
 from cpnas_jax.models.draws import position_draws
 from cpnas_jax.models.losses import cross_entropy
 from cpnas_jax.models.supernet import SupernetSettings
-from cpnas_jax.path_optimizer import PathOptimizer
+from cpnas_jax.path_optimizer import PathOptimizer, merge_paths
 from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.runtime.shards import Shards
 
@@ -50,9 +50,11 @@ class Call:
     """What tells one call from another; arrays, so that no call compiles anew.
 
     Attributes:
-        architecture: int32[2, 14].
+        architecture: int32[2, 14]; another one in each group of devices that trains its own path.
+        active: f32[], 1 where the group has a path, 0 where there are more groups than paths left.
         binary: bool[], child or parent.
-        epoch: int32[], number of the sampled epoch.
+        epoch: int32[], number of the sampled epoch; each group's own.
+        rate_epoch: int32[], the epoch whose learning rate all groups use.
         first_step: int32[], within the epoch.
         num_steps: int32[], of this call.
         stop: int32[], 1 where this process was asked to stop; another value in each process.
@@ -61,8 +63,10 @@ class Call:
     """
 
     architecture: chex.Array
+    active: chex.Array
     binary: chex.Array
     epoch: chex.Array
+    rate_epoch: chex.Array
     first_step: chex.Array
     num_steps: chex.Array
     stop: chex.Array
@@ -76,8 +80,8 @@ class StepSettings:
 
     Attributes:
         supernet: shape of the network.
-        batch_size: global, over all devices.
-        shards: of each batch.
+        batch_size: over all devices that share a batch.
+        shards: of each batch; several groups train a path each.
         crop_padding: border of the random crop.
         flip: whether images are mirrored at random.
         steps_per_epoch: n // batch_size.
@@ -96,10 +100,17 @@ def make_train_call(
 ) -> Callable[[ModelState, Examples, Call], tuple[ModelState, dict[str, jax.Array]]]:
     """Return the function of one device that runs several training steps; to be pmapped.
 
-    It returns the new state and sums over the steps: `loss`, of the global batches' means, and
-    `correct`, of the training examples; and `stop`, whether any process was asked to.
+    It returns the new state and sums over the steps: `loss`, of the batches' means, averaged over
+    the paths, and `correct`, of the training examples of the device's path; and `stop`, whether
+    any process was asked to.
     """
     size = settings.batch_size // settings.shards.count
+    several = settings.shards.groups > 1
+
+    def over_paths(tree: Any, call: Call) -> Any:
+        """Average over the groups that have a path; the devices of a group hold the same."""
+        total = lax.psum(call.active, AXIS)
+        return jax.tree.map(lambda leaf: lax.psum(leaf * call.active, AXIS) / total, tree)
 
     def loss_of(
         params: supernet.Params, images: jax.Array, labels: jax.Array, call: Call
@@ -143,14 +154,26 @@ def make_train_call(
                 state.params,
                 architecture=call.architecture,
                 binary=call.binary,
-                step=call.epoch * settings.steps_per_epoch + number,
+                step=call.rate_epoch * settings.steps_per_epoch + number,
+                share=(lambda common: over_paths(common, call)) if several else None,
             )
+            loss = over_paths(loss, call) if several else loss
             sums = {"loss": sums["loss"] + loss, "correct": sums["correct"] + correct}
             return ModelState(params, optimizer_state), sums
 
         zeros = {"loss": jnp.zeros((), jnp.float32), "correct": jnp.zeros((), jnp.int32)}
         # The number of steps is an input: a last, shorter call of an epoch is the same program.
         state, sums = lax.fori_loop(jnp.int32(0), call.num_steps, step, (state, zeros))
+        if several:
+            device = lax.axis_index(AXIS).astype(jnp.int32)
+            params, optimizer_state = merge_paths(
+                state.params,
+                state.optimizer,
+                call.architecture,
+                axis_name=AXIS,
+                is_leader=device % settings.shards.group_size == 0,
+            )
+            state = ModelState(params, optimizer_state)
         # All processes learn it at the same step, and so save the same.
         return state, {**sums, "stop": lax.pmax(call.stop, AXIS)}
 
@@ -162,8 +185,9 @@ def make_score_call(
 ) -> Callable[[supernet.Params, Examples, Call], jax.Array]:
     """Return the function of one device that counts the correct answers; to be pmapped.
 
-    Every example counts exactly once over all devices; BN uses the statistics of a batch over the
-    devices that `settings` names, or of a shard.
+    It returns int32[groups], the answers of each group of devices to its own architecture. Every
+    example counts exactly once in a group; BN uses the statistics of a batch over the devices that
+    `settings` names, or of a shard.
     """
     indices, mask = scoring_indices(num_examples, batch_size)
     rows_of = indices.reshape(-1, shards.count, batch_size // shards.count)
@@ -188,6 +212,8 @@ def make_score_call(
             return None, correct
 
         _, correct = shards.combine(of_shard, call.passes)
-        return correct
+        if shards.groups == 1:
+            return correct[None]
+        return lax.all_gather(correct, AXIS)[:: shards.group_size]
 
     return score_call

@@ -8,6 +8,7 @@ from ml_collections import config_dict
 from cpnas_jax.data.datasets import Split
 from cpnas_jax.models.space import CELL_TYPES, EDGES
 from cpnas_jax.runtime.environment import devices_text
+from cpnas_jax.search_networks import Networks
 
 
 def plan_text(
@@ -15,10 +16,17 @@ def plan_text(
     train: Split,
     validation: Split,
     sampled_epochs: int,
-    steps_per_epoch: int,
+    networks: Networks,
 ) -> str:
     """Say what will happen, in a few lines."""
     search = config.search
+    together = networks.paths
+    groups = (
+        f"Up to {together} architectures of a round are trained at the same time, each by its own "
+        f"group of devices: "
+        if together > 1
+        else ""
+    )
     size = "x".join(map(str, train.images.shape[1:]))
     return "\n".join(
         [
@@ -30,8 +38,8 @@ def plan_text(
             f"{len(search.operations)} operations on each of 28 edges; "
             f"child 1-bit, parent float.",
             f"{sampled_epochs} sampled epochs (T = {search.rounds}, beta_P = {search.beta_p:g}), "
-            f"each of {steps_per_epoch} steps of the child and as many of the parent.",
-            devices_text(search.batch_size),
+            f"each of {networks.steps_per_epoch} steps of the child and as many of the parent.",
+            groups + devices_text(search.batch_size * together),
         ]
     )
 

@@ -28,9 +28,9 @@ OPTIMIZER = OptimizerSettings(
 
 
 @functools.cache
-def shapes():
+def shapes(network=NETWORK):
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(lambda key: supernet.init(key, NETWORK, (8, 8, 3)), key)
+    return jax.eval_shape(lambda key: supernet.init(key, network, (8, 8, 3)), key)
 
 
 def random_like(tree, seed, scale=1.0):

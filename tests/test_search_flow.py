@@ -1,6 +1,7 @@
 """What a search asks of its networks and does with their answers; networks are stood in for."""
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -45,7 +46,7 @@ def data(monkeypatch):
 class Oracle:
     """Networks whose accuracy is the mean worth of what was sampled, and a log of the requests."""
 
-    steps_per_epoch = 3
+    paths, steps_per_epoch = 1, 3
     first_step_seconds = 1.0
     worth = np.linspace(0.1, 0.8, len(OPERATIONS))
 
@@ -72,15 +73,20 @@ class Oracle:
     def memory_bytes(self):
         return {"weights": 2**20}
 
-    def train(self, model, architecture, epoch, sums):
+    def train(self, model, architectures, epoch, sums):
         if not sums.steps:
-            self.requests.append(("train", model, architecture.copy(), epoch))
+            for number, architecture in enumerate(architectures):
+                self.requests.append(("train", model, architecture.copy(), epoch + number))
         sums.steps += 1
         sums.loss += 1.0
         return stop_wished()
 
-    def score(self, model, architecture):
-        self.requests.append(("score", model, architecture.copy(), None))
+    def score(self, model, architectures):
+        for architecture in architectures:
+            self.requests.append(("score", model, architecture.copy(), None))
+        return [self.accuracy(model, architecture) for architecture in architectures]
+
+    def accuracy(self, model, architecture):
         return float(self.worth[architecture].mean()) * (1.0 if model == PARENT else 0.5)
 
 
@@ -93,8 +99,7 @@ def handlers():
 class LikesNothing(Oracle):
     """Best is `none` on the two edges that enter the first node of the normal cell."""
 
-    def score(self, model, architecture):
-        super().score(model, architecture)
+    def accuracy(self, model, architecture):
         return 0.5 * float(architecture[0, 0] == NONE) + 0.4 * float(architecture[0, 1] == NONE)
 
 
@@ -216,10 +221,10 @@ def test_a_damaged_genotype_of_a_finished_search_is_made_again(monkeypatch, tmp_
 
 def test_another_machine_is_told(monkeypatch, tmp_path):
     class Stops(Oracle):
-        def train(self, model, architecture, epoch, sums):
+        def train(self, model, architectures, epoch, sums):
             if epoch == 4:
                 raise UserError("stop")
-            return super().train(model, architecture, epoch, sums)
+            return super().train(model, architectures, epoch, sums)
 
     with pytest.raises(UserError, match="stop"):
         run(monkeypatch, tmp_path, Stops)
@@ -242,8 +247,8 @@ def test_a_signal_saves_in_the_middle_of_a_sampled_epoch(
     requests = Oracle.last.requests
 
     class Signalled(Oracle):
-        def train(self, own, architecture, epoch, sums):
-            stop = super().train(own, architecture, epoch, sums)
+        def train(self, own, architectures, epoch, sums):
+            stop = super().train(own, architectures, epoch, sums)
             if (epoch, own, sums.steps) == (4, model, step) and not stop:
                 os.kill(os.getpid(), number)
                 sum(range(10))  # the signal is looked at here
@@ -271,15 +276,58 @@ def test_a_signal_saves_in_the_middle_of_a_sampled_epoch(
 
 def test_a_signal_after_the_last_step_is_not_forgotten(monkeypatch, tmp_path, handlers):
     class Late(Oracle):
-        def score(self, model, architecture):
+        def score(self, model, architectures):
             if len(self.requests) == 4 * 35 - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
                 sum(range(10))
-            return super().score(model, architecture)
+            return super().score(model, architectures)
 
     with pytest.raises(Stopped, match="after the last step"):
         run(monkeypatch, tmp_path, Late)
     assert "Resumed after sampled epoch 35 of 35" in run(monkeypatch, tmp_path)[1]
+
+
+class Together(Oracle):
+    """Trains up to three architectures of a round at the same time."""
+
+    paths = 3
+
+
+def test_waves_of_a_round_are_credited_in_its_order(monkeypatch, tmp_path):
+    genotype, said = run(monkeypatch, tmp_path, Together)
+    lines = log_of(tmp_path)
+    # Whatever is trained together, the log is that of an Algorithm 9: it can be replayed.
+    checked = replay(lines, seed=0, rounds=1, beta_p=2.0, operations=OPERATIONS)
+    np.testing.assert_array_equal(genotype.architecture(), checked.operations)
+    assert "Up to 3 architectures of a round are trained at the same time" in said
+    requests = Together.last.requests
+    waves = [len(list(group)) for _, group in itertools.groupby(requests, lambda each: each[:2])]
+    # A round of 8 is 3 + 3 + 2; both models are trained and then scored.
+    assert waves[:12] == [3] * 8 + [2] * 4
+    trained = [epoch for *what, _, epoch in requests if what == ["train", CHILD]]
+    assert trained == list(range(35))
+
+
+@pytest.mark.parametrize("paths", [3, 2])
+def test_a_wave_is_finished_by_as_many_groups(monkeypatch, tmp_path, handlers, paths):
+    class Signalled(Together):
+        def train(self, own, architectures, epoch, sums):
+            stop = super().train(own, architectures, epoch, sums)
+            if (epoch, own, sums.steps) == (3, PARENT, 2) and not stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+                sum(range(10))  # the signal is looked at here
+                return stop_wished()
+            return stop
+
+    with pytest.raises(Stopped, match="in sampled epoch 4 of 35, after step 2 of the parent"):
+        run(monkeypatch, tmp_path / "run", Signalled)
+    monkeypatch.setattr(Oracle, "paths", paths)
+    if paths == 2:
+        with pytest.raises(UserError, match=r"3 architectures were .* these devices train 2"):
+            run(monkeypatch, tmp_path / "run")
+    monkeypatch.setattr(Oracle, "paths", 3)
+    genotype, _ = run(monkeypatch, tmp_path / "run")
+    assert genotype == run(monkeypatch, tmp_path / "undisturbed")[0]
 
 
 class FakeProgram:
@@ -302,7 +350,7 @@ class FakeProgram:
         if "train" in self.made_with:
             sums = {"loss": [float(take["num_steps"])], "correct": [0], "stop": [0]}
             return first, {name: OnDevices(np.repeat(v, devices)) for name, v in sums.items()}
-        return OnDevices(np.repeat(5, devices))
+        return OnDevices(np.full((devices, 1), 5))
 
 
 class OnDevices:

@@ -55,8 +55,10 @@ def random_examples(n, seed):
 def call_of(architecture, binary=False, epoch=0, first_step=0, num_steps=1, key=KEY):
     return Call(
         architecture=np.asarray(architecture, np.int32),
+        active=np.asarray(1, np.float32),
         binary=np.asarray(binary),
         epoch=np.asarray(epoch, np.int32),
+        rate_epoch=np.asarray(epoch, np.int32),
         first_step=np.asarray(first_step, np.int32),
         num_steps=np.asarray(num_steps, np.int32),
         stop=np.asarray(0, np.int32),

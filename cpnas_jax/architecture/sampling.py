@@ -151,3 +151,16 @@ def operation_positions(names: Sequence[Sequence[str]]) -> np.ndarray:
             if name not in OPERATIONS:
                 raise ValueError(f"unknown operation {name!r}; known: {', '.join(OPERATIONS)}")
     return np.array([[OPERATIONS.index(name) for name in cell] for cell in names], dtype=np.int32)
+
+
+def num_paths(num_devices: int, num_operations: int) -> int:
+    """Return how many architectures of a round are trained at the same time, by `path`.
+
+    The largest number of equal groups of devices that is at most the number of operations an edge
+    starts with: more could never have an architecture of their own (our choice).
+
+    Args:
+        num_devices: over all processes.
+        num_operations: K of the first stage.
+    """
+    return max(n for n in range(1, num_operations + 1) if num_devices % n == 0)

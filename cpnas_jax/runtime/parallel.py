@@ -14,6 +14,12 @@ AXIS = "devices"
 """Axis of all devices of all processes in a pmapped function."""
 
 
+def local_positions() -> list[int]:
+    """Return where this process' devices stand among those of all processes, on `AXIS`."""
+    positions = {device: position for position, device in enumerate(jax.devices())}
+    return [positions[device] for device in jax.local_devices()]
+
+
 def replicate(tree: Any) -> Any:
     """Put a copy of every array on every local device, with a leading device axis."""
     # From host memory: a device array would be stacked n times on the first device.

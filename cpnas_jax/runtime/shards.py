@@ -27,28 +27,46 @@ class Shards:
 
     Attributes:
         num_devices: over all processes.
-        virtual: shards of the deterministic mode, a multiple of `num_devices`; 0 is the usual mode.
+        virtual: shards of the deterministic mode, a multiple of `group_size`; 0 is the usual mode.
+        groups: of devices that follow each other, each of which computes on a batch of its own.
 
     Raises:
-        ValueError: the devices do not divide the virtual shards.
+        ValueError: the numbers do not divide each other.
     """
 
     num_devices: int
     virtual: int = 0
+    groups: int = 1
 
     def __post_init__(self) -> None:
-        if self.virtual % self.num_devices:
-            raise ValueError(f"{self.virtual} virtual shards on {self.num_devices} devices")
+        if self.num_devices % self.groups:
+            raise ValueError(f"{self.groups} groups of {self.num_devices} devices")
+        if self.virtual % self.group_size:
+            raise ValueError(f"{self.virtual} virtual shards on {self.group_size} devices")
+
+    @property
+    def group_size(self) -> int:
+        """Return the number of devices that share a batch."""
+        return self.num_devices // self.groups
 
     @property
     def count(self) -> int:
         """Return the number of shards of a batch."""
-        return self.virtual or self.num_devices
+        return self.virtual or self.group_size
 
     @property
     def passes(self) -> int:
         """Return the number of shards of a device."""
-        return self.count // self.num_devices
+        return self.count // self.group_size
+
+    @property
+    def members(self) -> tuple[tuple[int, ...], ...] | None:
+        """Return the positions on `AXIS` of each group's devices; None where there is one group."""
+        if self.groups == 1:
+            return None
+        size = self.group_size
+        firsts = range(0, self.num_devices, size)
+        return tuple(tuple(range(first, first + size)) for first in firsts)
 
     def statistics(self, synchronise: bool) -> StatisticsAxis | None:
         """Return over which devices a network's batch statistics are taken; None: no others.
@@ -56,8 +74,8 @@ class Shards:
         A virtual shard has statistics of its own: those of a whole batch would need all shards
         to be computed side by side.
         """
-        together = synchronise and not self.virtual and self.num_devices > 1
-        return StatisticsAxis(AXIS) if together else None
+        together = synchronise and not self.virtual and self.group_size > 1
+        return StatisticsAxis(AXIS, self.members) if together else None
 
     def local_rows(self, tree: Any, shard: jax.Array) -> Any:
         """Return a shard's rows of arrays that hold the device's part of a batch.
@@ -76,7 +94,8 @@ class Shards:
     def combine(self, compute: Callable[[jax.Array], Results], passes: jax.Array) -> Results:
         """Compute every shard of a batch and return the results of the whole batch.
 
-        To be called inside a function that is pmapped over `AXIS`; every device gets the same.
+        To be called inside a function that is pmapped over `AXIS`; every device of a group gets the
+        same.
 
         Args:
             compute: (shard int32[]) -> results of the shard, a function of its number alone and of
@@ -89,12 +108,16 @@ class Shards:
         """
         if not self.virtual:
             means, sums = compute(self._first())
-            return lax.pmean(means, AXIS), lax.psum(sums, AXIS)
+            if self.group_size == 1:
+                return means, sums
+            together = {"axis_name": AXIS, "axis_index_groups": self.members}
+            return lax.pmean(means, **together), lax.psum(sums, **together)
         means, sums = self._added_in_order(compute, passes)
         return jax.tree.map(lambda leaf: leaf / self.virtual, means), sums
 
     def _first(self) -> jax.Array:
-        return lax.axis_index(AXIS).astype(jnp.int32) * self.passes
+        device = lax.axis_index(AXIS).astype(jnp.int32)
+        return device % self.group_size * self.passes
 
     def _added_in_order(
         self, compute: Callable[[jax.Array], Results], passes: jax.Array
@@ -119,11 +142,11 @@ class Shards:
             )
 
         results = lax.fori_loop(jnp.int32(0), passes, computed, blank)
-        if self.num_devices > 1:
+        if self.group_size > 1:
             own = jax.tree.map(
                 lambda rows: lax.dynamic_slice_in_dim(rows, first, self.passes), results
             )
-            results = lax.all_gather(own, AXIS, tiled=True)
+            results = lax.all_gather(own, AXIS, axis_index_groups=self.members, tiled=True)
 
         def added(shard: jax.Array, total: Results) -> Results:
             return jax.tree.map(
@@ -133,4 +156,4 @@ class Shards:
             )
 
         start = jax.tree.map(lambda rows: rows[0], results)
-        return lax.fori_loop(jnp.int32(1), passes * self.num_devices, added, start)
+        return lax.fori_loop(jnp.int32(1), passes * self.group_size, added, start)

@@ -1,0 +1,64 @@
+"""What `config.search.parallel` does to what is found: small searches on CIFAR-10, over seeds.
+
+    python benchmarks/search_parallel.py --seeds 3 --data-dir DIR
+
+Every search is a process with several forced CPU devices on a core of its own; the 1-bit child of
+what it finds is trained by itself, with a budget that is the same for all. `--keep DIR` keeps the
+workdirs, and what is finished there is not run again. A table of the children's test accuracies,
+then one JSON object as the last line.
+"""
+
+import argparse
+from pathlib import Path
+
+from train_variants import BUDGET, report, run_all, run_phase, train
+
+SEARCH = {
+    "dataset.image_size": 16,
+    "dataset.crop_padding": 2,
+    "search.examples": 3072,
+    "search.validation_fraction": 1 / 3,
+    "search.rounds": 1,
+    "search.cells": 3,
+    "search.reductions": (1, 2),
+    "search.channels": 8,
+    "search.batch_size": 64,
+    "search.score_batch_size": 256,
+    "search.child_optimizer": "adam",
+    "search.child_learning_rate": 0.005,
+    "search.learning_rate": 0.05,
+}
+"""What every search here shares, keys of a config."""
+
+
+def main() -> None:
+    """Search and train with every seed, print a table and a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--devices", type=int, default=4)
+    parser.add_argument("--data-dir", required=True, help="where cifar10 is prepared")
+    parser.add_argument("--keep", type=Path, help="directory for the runs' files")
+    parser.add_argument("--examples", type=int, default=10_000, help="of the final training")
+    parser.add_argument("--epochs", type=int, default=5, help="of the final training")
+    flags = parser.parse_args()
+    final = {
+        **BUDGET,
+        "train.examples": flags.examples,
+        "train.epochs": flags.epochs,
+        "train.evaluate_every": flags.epochs,
+    }
+
+    def run(parallel: str, seed: int, base: Path, core: int) -> dict[str, float]:
+        common = {"seed": seed, "dataset.data_dir": flags.data_dir}
+        keys = {**SEARCH, **common, "search.parallel": parallel}
+        searched = run_phase("search", base / "search", keys, core, flags.devices)
+        found = {**final, **common, "genotype": base / "search/genotype.json"}
+        # The table's seconds are the search's.
+        return {**train(base / "train", found, core), "seconds": searched["seconds"]}
+
+    of = run_all(["data", "path"], flags.seeds, flags.keep, run)
+    report("search_parallel", of, {**SEARCH, **final, "devices": flags.devices})
+
+
+if __name__ == "__main__":
+    main()

@@ -6,9 +6,9 @@ python tests/faults/kills.py --mode=search|train [--kills 30] [--signal KILL|TER
 The run is a smoke search or training on stand-ins of CIFAR-10, long enough that it can be killed
 so often. Half of the kills, drawn by the seed, fall anywhere between the start and the end of
 compiling, the others in the work that follows, after a share of it that lets the run end soon
-after the last kill. Genotype, history or metrics, results and digest of the last state must be bitwise
-those of the run left alone. Prints a table of the kills and a JSON line; the exit status is 1
-where anything differs or went wrong.
+after the last kill. Genotype, history or metrics, results and digest of the last state must be
+bitwise those of the run left alone. Prints a table of the kills and a JSON line; the exit status
+is 1 where anything differs or went wrong.
 
 Several processes are started by launch/local_pod.sh; a signal goes to one of them, to all, or to
 the launcher, and nothing of them may be left. SIGTERM must end a run with status 75 once it has

@@ -2,10 +2,11 @@
 
     python benchmarks/search_parallel.py --seeds 3 --data-dir DIR
 
-Every search is a process with several forced CPU devices on a core of its own; the 1-bit child of
-what it finds is trained by itself, with a budget that is the same for all. `--keep DIR` keeps the
-workdirs, and what is finished there is not run again. A table of the children's test accuracies,
-then one JSON object as the last line.
+Every search is a process on a core of its own: `path` on several forced CPU devices, one to an
+architecture; `data`, of which the number of devices is no hyper-parameter, on one. The 1-bit child
+of what is found is trained by itself, with a budget that is the same for all. `--keep DIR` keeps
+the workdirs, and what is finished there is not run again. A table of the children's test
+accuracies, then one JSON object as the last line.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def main() -> None:
     """Search and train with every seed, print a table and a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--devices", type=int, default=4)
+    parser.add_argument("--devices", type=int, default=4, help="of `path`")
     parser.add_argument("--data-dir", required=True, help="where cifar10 is prepared")
     parser.add_argument("--keep", type=Path, help="directory for the runs' files")
     parser.add_argument("--examples", type=int, default=10_000, help="of the final training")
@@ -51,7 +52,8 @@ def main() -> None:
     def run(parallel: str, seed: int, base: Path, core: int) -> dict[str, float]:
         common = {"seed": seed, "dataset.data_dir": flags.data_dir}
         keys = {**SEARCH, **common, "search.parallel": parallel}
-        searched = run_phase("search", base / "search", keys, core, flags.devices)
+        devices = flags.devices if parallel == "path" else 1
+        searched = run_phase("search", base / "search", keys, core, devices)
         found = {**final, **common, "genotype": base / "search/genotype.json"}
         # The table's seconds are the search's.
         return {**train(base / "train", found, core), "seconds": searched["seconds"]}

@@ -211,6 +211,8 @@ def shrink(config: config_dict.ConfigDict) -> None:
     config.network.update(cells=3, channels=4, separable_repeats=1)
     config.train.update(epochs=2, batch_size=32, evaluate_every=1, warmup_epochs=0)
     config.evaluate.batch_size = 32
+    # Compiling takes longer than the whole run.
+    config.runtime.optimization_level = 0
 
 
 # What the other phase alone reads.

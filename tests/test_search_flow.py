@@ -27,6 +27,10 @@ from cpnas_jax.search import search
 from cpnas_jax.search_networks import Networks
 
 NONE = OPERATIONS.index("none")
+FIVE = OPERATIONS[:5]
+"""What an edge chooses from where nothing else is said."""
+TOTAL = 5 + 4 + 3 + 2
+"""Sampled epochs of a search with one round."""
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +110,7 @@ class LikesNothing(Oracle):
 def run(monkeypatch, workdir, networks=Oracle, **settings):
     monkeypatch.setattr(search_module, "Networks", networks)
     config = configs.base_config()
-    config.search.update({"rounds": 1, **settings})
+    config.search.update({"rounds": 1, "operations": FIVE, **settings})
     file = io.StringIO()
     genotype = search(config, workdir, Reporter(Console(file=file, width=200)))
     return genotype, file.getvalue()
@@ -119,7 +123,7 @@ def log_of(workdir):
 def test_both_models_are_trained_and_scored_with_what_was_sampled(monkeypatch, tmp_path):
     run(monkeypatch, tmp_path)
     samples = [line for line in log_of(tmp_path) if line["event"] == "sample"]
-    assert len(samples) == Oracle.last.total == 35
+    assert len(samples) == Oracle.last.total == TOTAL
     assert Oracle.last.parts == (20, 20)
     requests = iter(Oracle.last.requests)
     for epoch, line in enumerate(samples):
@@ -234,7 +238,7 @@ def test_another_machine_is_told(monkeypatch, tmp_path):
     path.write_text(json.dumps(stored))
     _, said = run(monkeypatch, tmp_path)
     assert "Begun elsewhere: devices was ['TPU v4'" in said
-    assert "Resumed after sampled epoch 4 of 35" in said
+    assert f"Resumed after sampled epoch 4 of {TOTAL}" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -255,7 +259,7 @@ def test_a_signal_saves_in_the_middle_of_a_sampled_epoch(
                 return stop_wished()
             return stop
 
-    where = f"in sampled epoch 5 of 35, after step {step} of the {model}"
+    where = f"in sampled epoch 5 of {TOTAL}, after step {step} of the {model}"
     with pytest.raises(Stopped, match=where):
         run(monkeypatch, tmp_path / "run", Signalled)
     assert "once more stops at once" in capfd.readouterr().err
@@ -277,14 +281,14 @@ def test_a_signal_saves_in_the_middle_of_a_sampled_epoch(
 def test_a_signal_after_the_last_step_is_not_forgotten(monkeypatch, tmp_path, handlers):
     class Late(Oracle):
         def score(self, model, architectures):
-            if len(self.requests) == 4 * 35 - 1:
+            if len(self.requests) == 4 * TOTAL - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
                 sum(range(10))
             return super().score(model, architectures)
 
     with pytest.raises(Stopped, match="after the last step"):
         run(monkeypatch, tmp_path, Late)
-    assert "Resumed after sampled epoch 35 of 35" in run(monkeypatch, tmp_path)[1]
+    assert f"Resumed after sampled epoch {TOTAL} of {TOTAL}" in run(monkeypatch, tmp_path)[1]
 
 
 class Together(Oracle):
@@ -297,15 +301,15 @@ def test_waves_of_a_round_are_credited_in_its_order(monkeypatch, tmp_path):
     genotype, said = run(monkeypatch, tmp_path, Together)
     lines = log_of(tmp_path)
     # Whatever is trained together, the log is that of an Algorithm 9: it can be replayed.
-    checked = replay(lines, seed=0, rounds=1, beta_p=2.0, operations=OPERATIONS)
+    checked = replay(lines, seed=0, rounds=1, beta_p=2.0, operations=FIVE)
     np.testing.assert_array_equal(genotype.architecture(), checked.operations)
     assert "Up to 3 architectures of a round are trained at the same time" in said
     requests = Together.last.requests
     waves = [len(list(group)) for _, group in itertools.groupby(requests, lambda each: each[:2])]
-    # A round of 8 is 3 + 3 + 2; both models are trained and then scored.
-    assert waves[:12] == [3] * 8 + [2] * 4
+    # A round of 5 is 3 + 2; both models are trained and then scored.
+    assert waves[:8] == [3] * 4 + [2] * 4
     trained = [epoch for *what, _, epoch in requests if what == ["train", CHILD]]
-    assert trained == list(range(35))
+    assert trained == list(range(TOTAL))
 
 
 @pytest.mark.parametrize("paths", [3, 2])
@@ -319,7 +323,7 @@ def test_a_wave_is_finished_by_as_many_groups(monkeypatch, tmp_path, handlers, p
                 return stop_wished()
             return stop
 
-    with pytest.raises(Stopped, match="in sampled epoch 4 of 35, after step 2 of the parent"):
+    with pytest.raises(Stopped, match="in sampled epoch 4 of 14, after step 2 of the parent"):
         run(monkeypatch, tmp_path / "run", Signalled)
     monkeypatch.setattr(Oracle, "paths", paths)
     if paths == 2:

@@ -35,7 +35,8 @@ def main() -> None:
     flags = parser.parse_args()
     path, _, words = flags.config.partition(":")
     spec = importlib.util.spec_from_file_location("config", path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(words)

@@ -23,6 +23,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("hermetic")
 
 
+_LONG = (
+    *("test_search.py", "test_pipeline.py", "test_train_checkpoints.py", "test_pods.py"),
+    *("test_feeds.py", "test_search_step.py", "test_train_killed.py"),
+)
+"""Files that take longest; begun last, one of them would leave a worker waiting for the other."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
     """Each trainer compiles its own programs; equal ones come from a cache of the test's file."""

@@ -40,6 +40,7 @@ def base_config() -> config_dict.ConfigDict:
     dataset.image_size = 0  # resize to this many pixels a side; 0 keeps the stored size
     dataset.stream = False  # decode while training, for sets that memory does not hold
     dataset.workers = 0  # processes that decode a stream; 0 uses threads
+    dataset.max_undecodable = 0  # damaged examples of a split that are skipped before a stop [ours]
     dataset.crop_padding = 4  # black border of the random crop [kin]
     dataset.flip = True  # random horizontal flip [kin]
     dataset.cutout = 16  # side of the square cut out in final training [kin]; 0 cuts nothing
@@ -221,6 +222,8 @@ _INDIFFERENT = (
     "network.precision",
     "dataset.data_dir",
     "dataset.workers",
+    # What is skipped depends on the data alone; the limit says whether the run goes on.
+    "dataset.max_undecodable",
     "runtime.steps_per_call",
     "runtime.keep_checkpoints",
     "runtime.checkpoint_every",

@@ -77,6 +77,7 @@ RULES = {
     "dataset.image_size": _integer(0, 1024),
     "dataset.stream": _boolean(),
     "dataset.workers": _integer(0, 256),
+    "dataset.max_undecodable": _integer(0),
     "dataset.color_jitter": _number(0, 1),
     "dataset.crop_area": _number(0, 1, open_low=True),
     "dataset.central_crop": _number(0, 1, open_low=True),

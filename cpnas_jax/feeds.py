@@ -101,6 +101,20 @@ class Feed(Protocol):
     def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
         """Return the counts of `evaluate.evaluation` over the whole test split."""
 
+    def undecodable(self) -> dict[str, list[int]]:
+        """Return split -> examples that were skipped; every process must call it.
+
+        Raises:
+            UserError: they are too many.
+        """
+
+    def met_before(self, undecodable: dict[str, list[int]]) -> None:
+        """Count examples, as `undecodable` gives them, that were skipped before a resumption.
+
+        Raises:
+            UserError: they are too many.
+        """
+
     def close(self) -> None:
         """End what reads ahead."""
 
@@ -118,7 +132,7 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
                 "config.dataset.image_size is 0; with config.dataset.stream it must be the side "
                 "of the network's images, such as 224"
             )
-        options = (dataset.data_dir or None, dataset.image_size)
+        options = (dataset.data_dir or None, dataset.image_size, dataset.max_undecodable)
         streams = [
             open_stream(dataset.name, name, *options).limited(config[part].examples, key)
             for name, part, key in (
@@ -127,18 +141,19 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
             )
         ]
         return StreamFeed(streams[0], streams[1], config)
-    options = (dataset.data_dir or None, dataset.image_size or None)
+    options = (dataset.data_dir or None, dataset.image_size or None, dataset.max_undecodable)
     train, test = (load_split(dataset.name, name, *options) for name in ("train", split))
     return ResidentFeed(
         limit_examples(train, config.train.examples, config.seed, "train.examples"),
         limit_examples(test, config.evaluate.examples, config.seed, "evaluate.examples"),
+        split,
     )
 
 
 class ResidentFeed:
     """Both splits as uint8 in the memory of every device; many steps run in one call."""
 
-    def __init__(self, train: Split, test: Split) -> None:
+    def __init__(self, train: Split, test: Split, test_name: str) -> None:
         height, width, channels = train.images.shape[1:]
         if test.images.shape[1:] != train.images.shape[1:]:
             sizes = ["x".join(map(str, split.images.shape[1:])) for split in (train, test)]
@@ -153,7 +168,7 @@ class ResidentFeed:
             len(test.labels),
             train.class_names,
         )
-        self._splits = (train, test)
+        self._splits, self._names = (train, test), ("train", test_name)
         self._train: Examples
         self._test: Examples
 
@@ -206,6 +221,14 @@ class ResidentFeed:
         """Count the answers over the test split in one go."""
         del batch_size
         return to_host(program(variables, self._test))
+
+    def undecodable(self) -> dict[str, list[int]]:
+        """Return split -> examples that were left out when it was loaded."""
+        pairs = zip(self._names, self._splits, strict=True)
+        return {name: list(split.undecodable) for name, split in pairs}
+
+    def met_before(self, undecodable: dict[str, list[int]]) -> None:
+        """The same were left out again."""
 
     def close(self) -> None:
         """Nothing reads ahead here."""
@@ -273,6 +296,18 @@ class StreamFeed:
             )
             self._batches = placed_ahead(found, DEPTH)
         return self._batches
+
+    def undecodable(self) -> dict[str, list[int]]:
+        """Return split -> examples that were met and skipped so far, in any process."""
+        found: dict[str, set[int]] = {}
+        for stream in self._streams:
+            found.setdefault(stream.split, set()).update(stream.undecodable.shared_rows())
+        return {name: sorted(rows) for name, rows in found.items()}
+
+    def met_before(self, undecodable: dict[str, list[int]]) -> None:
+        """Count examples that were skipped before a resumption."""
+        for stream in self._streams:
+            stream.undecodable.take_in(undecodable.get(stream.split, ()))
 
     def close(self) -> None:
         """End what reads ahead."""

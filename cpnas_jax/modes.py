@@ -9,6 +9,7 @@ from ml_collections import config_dict
 from cpnas_jax import evaluate as evaluation
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.data.datasets import describe
+from cpnas_jax.data.undecodable import tell_skipped
 from cpnas_jax.feeds import Feed, open_feed
 from cpnas_jax.models.summary import Summary, summarise, table
 from cpnas_jax.runtime.checkpoints import Checkpoints, holds_checkpoints
@@ -131,14 +132,16 @@ def evaluate_network(
     position = found.record["position"]
     # The last epoch of which anything was trained.
     counted = trainer.evaluate(position["epoch"] - (position["step"] == 0))
-    names = feed.facts.class_names
+    names, skipped = feed.facts.class_names, trainer.undecodable()
     value: dict[str, Any] = {
         "split": config.evaluate.split,
         "checkpoint": config.evaluate.checkpoint,
         "precision": trainer.precision,
         "epoch": position["epoch"],
         "class_names": list(names),
+        "undecodable": len(skipped[config.evaluate.split]),
         **counted.to_dict(),
     }
     directory.write_json(f"{name}/evaluation.json", value)
     reporter.say(evaluation.table(counted, names))
+    tell_skipped(reporter, {config.evaluate.split: value["undecodable"]})

@@ -28,6 +28,7 @@ from cpnas_jax.architecture.sampling import (
 )
 from cpnas_jax.config import config_hash, deciding_keys, flatten
 from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
+from cpnas_jax.data.undecodable import tell_skipped
 from cpnas_jax.models.space import CELL_TYPES
 from cpnas_jax.path_optimizer import CHILD, PARENT
 from cpnas_jax.runtime import environment
@@ -112,7 +113,15 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         return genotype
 
     dataset = config.dataset
-    split = load_split(dataset.name, "train", dataset.data_dir or None, dataset.image_size or None)
+    split = load_split(
+        dataset.name,
+        "train",
+        dataset.data_dir or None,
+        dataset.image_size or None,
+        dataset.max_undecodable,
+    )
+    skipped = len(split.undecodable)
+    tell_skipped(reporter, {"train": skipped})
     split = limit_examples(split, config.search.examples, config.seed, "search.examples")
     fraction = config.search.validation_fraction
     train, validation = train_validation_parts(split, fraction, config.seed)
@@ -126,7 +135,7 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         reporter.say(plan_text(config, train, validation, total, networks.steps_per_epoch))
         run.resume_or_start()
         run.go_on()
-    return run.finish(train.name)
+    return run.finish(train.name, skipped)
 
 
 def _refuse_other(config: config_dict.ConfigDict, directory: Workdir) -> None:
@@ -325,8 +334,13 @@ class _Run:
         }
         self.checkpoints.save(self.progress.position.epoch, state, record)
 
-    def finish(self, dataset: str) -> Genotype:
-        """Check the whole log, derive the genotype from it, and write the results."""
+    def finish(self, dataset: str, skipped: int) -> Genotype:
+        """Check the whole log, derive the genotype from it, and write the results.
+
+        Args:
+            dataset: its name.
+            skipped: training examples that cannot be decoded.
+        """
         config, lines = self.config, self.history.lines
         checked = replay(
             lines,
@@ -360,14 +374,16 @@ class _Run:
         path = self.directory.path
         drawings = figures.draw_cells(genotype, path) + figures.draw_accuracies(lines, path)
         self.reporter.say(figures.cell_tables(genotype))
-        self._write_results(derivation, lines)
+        self._write_results(derivation, lines, skipped)
         genotype.save(path / "genotype.json")
         self.reporter.say(
             f"Wrote {path / 'genotype.json'} and {', '.join(p.name for p in drawings)}."
         )
         return genotype
 
-    def _write_results(self, derivation: Derivation, lines: list[dict[str, Any]]) -> None:
+    def _write_results(
+        self, derivation: Derivation, lines: list[dict[str, Any]], skipped: int
+    ) -> None:
         samples = [line for line in lines if line["event"] == "sample"]
         timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
         results = self.directory.read_json("results.json") or {}
@@ -380,6 +396,7 @@ class _Run:
             "operation_counts": derivation.genotype.operation_counts(),
             # Edges that are not as the search left them, such as those of a dead node.
             "restored": [str(restored) for restored in derivation.restored],
+            "undecodable": {"train": skipped},
             # Two runs took the same way exactly if these agree; durations are left out.
             "history_sha256": hashlib.sha256(json.dumps(timeless).encode()).hexdigest(),
             "config_hash": config_hash(self.config),

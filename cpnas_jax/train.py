@@ -10,6 +10,7 @@ from ml_collections import config_dict
 
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.config import deciding_keys, flatten
+from cpnas_jax.data.undecodable import tell_skipped
 from cpnas_jax.evaluate import Evaluation
 from cpnas_jax.feeds import Facts, Feed, open_feed
 from cpnas_jax.runtime import environment
@@ -105,6 +106,7 @@ def train_network(
     results = directory.read_json("results.json") or {}
     results[name] = run.results()
     directory.write_json("results.json", results)
+    tell_skipped(reporter, results[name]["undecodable"])
 
 
 class _Run:
@@ -145,6 +147,7 @@ class _Run:
             self.sums = EpochSums(**found.record["sums"])
             self.best_accuracy = found.record["best_accuracy"]
             self.best_epoch = found.record["best_epoch"]
+            self.trainer.met_before(found.record["undecodable"])
             epochs = self.config.train.epochs
             self.reporter.say(
                 f"Resumed in epoch {self.position.epoch + 1} of {epochs}, after step "
@@ -252,6 +255,7 @@ class _Run:
             "history": self.history.lines,
             "best_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
+            "undecodable": self.trainer.undecodable(),
             "config_hash": self.hash,
         }
 
@@ -262,6 +266,7 @@ class _Run:
     def results(self) -> dict[str, Any]:
         """Return what a script reads of the finished training."""
         assert self.evaluated is not None
+        skipped = self.trainer.undecodable()
         return {
             "epochs": self.config.train.epochs,
             "split": self.config.evaluate.split,
@@ -274,5 +279,6 @@ class _Run:
             # Chosen on the same images it is measured on: not an estimate for others.
             "best_test_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
+            "undecodable": {split: len(rows) for split, rows in skipped.items()},
             "config_hash": self.hash,
         }

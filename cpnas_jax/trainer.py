@@ -370,7 +370,15 @@ class Trainer:
         batch = self._config.evaluate.batch_size
         with exhaustion_explained(_EVALUATION_KNOBS):
             counts = self._feed.count(self._counting_program(epoch), batch, self._variables())
-        return evaluate.evaluation(counts, self._feed.facts.num_test)
+        return evaluate.evaluation(counts)
+
+    def undecodable(self) -> dict[str, list[int]]:
+        """Return split -> examples that the feed skipped; every process must call it."""
+        return self._feed.undecodable()
+
+    def met_before(self, undecodable: dict[str, list[int]]) -> None:
+        """Count examples that were skipped before a resumption."""
+        self._feed.met_before(undecodable)
 
     def _variables(self) -> Any:
         state = self._state

@@ -146,6 +146,7 @@ INDIFFERENT = {
     "network.precision",
     "dataset.data_dir",
     "dataset.workers",
+    "dataset.max_undecodable",
     "evaluate.batch_size",
     "evaluate.checkpoint",
     "runtime.steps_per_call",

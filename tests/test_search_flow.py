@@ -1,5 +1,6 @@
 """What a search asks of its networks and does with their answers; networks are stood in for."""
 
+import dataclasses
 import io
 import json
 
@@ -200,6 +201,16 @@ def test_a_damaged_genotype_of_a_finished_search_is_made_again(monkeypatch, tmp_
     assert run(monkeypatch, tmp_path)[0] == genotype
     assert path.read_text() == whole
     assert Oracle.last.requests == []
+
+
+def test_what_was_not_decoded_is_told_and_on_record(monkeypatch, tmp_path):
+    split = search_module.load_split()
+    fewer = dataclasses.replace(split, undecodable=(3, 8))
+    monkeypatch.setattr(search_module, "load_split", lambda *_: fewer)
+    _, said = run(monkeypatch, tmp_path)
+    assert "skipped because they cannot be decoded: 2 of split 'train'." in said
+    results = json.loads((tmp_path / "results.json").read_text())["search"]
+    assert results["undecodable"] == {"train": 2}
 
 
 def test_another_machine_is_told(monkeypatch, tmp_path):

@@ -1,11 +1,12 @@
 """Devices: replication, and the one name of the axis that gradients are averaged over."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from flax import jax_utils
+from jax.experimental import multihost_utils
 
 AXIS = "devices"
 """Axis of all devices of all processes in a pmapped function."""
@@ -25,6 +26,19 @@ def to_host(tree: Any) -> Any:
         return np.asarray(array.addressable_shards[0].data)[0]
 
     return jax.tree.map(first, tree)
+
+
+def union(numbers: Iterable[int]) -> set[int]:
+    """Return the numbers, from 0 to 2**31 - 1, that any process gives; all must call it."""
+    own = set(numbers)
+    if jax.process_count() == 1:
+        return own
+    longest = int(np.max(multihost_utils.process_allgather(np.asarray(len(own), np.int32))))
+    if not longest:
+        return own
+    padded = np.full(longest, -1, np.int32)
+    padded[: len(own)] = sorted(own)
+    return set(np.unique(multihost_utils.process_allgather(padded)).tolist()) - {-1}
 
 
 def pmap_donated(function: Callable[..., Any]) -> Any:

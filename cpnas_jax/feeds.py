@@ -27,6 +27,7 @@ from cpnas_jax.runtime.parallel import (
     replicate,
     to_host,
 )
+from cpnas_jax.steps import Run, steps_until_bad
 from cpnas_jax.train_step import (
     BatchStep,
     StepSettings,
@@ -48,6 +49,9 @@ DEPTH = 2
 _ZERO = np.zeros((), np.int32)
 _CALL = TrainCall(epoch=_ZERO, first_step=_ZERO, num_steps=_ZERO, key=np.zeros(2, np.uint32))
 """What a call looks like, to compile for it."""
+
+_NONE = np.full((), -1, np.int32)
+"""No step is bad."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +90,15 @@ class Feed(Protocol):
         """Put on the devices what lives there."""
 
     def program(
-        self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
+        self,
+        compiled: Compiled,
+        name: Any,
+        settings: StepSettings,
+        step: BatchStep,
+        state: Any,
+        run: Run = steps_until_bad,
     ) -> Any:
-        """Return the compiled training program."""
+        """Return the compiled training program, of which `run` runs the steps."""
 
     def train(self, program: Any, state: Any, call: TrainCall) -> tuple[Any, dict[str, Any]]:
         """Run the steps of a call; return the new state and the metrics' sums on the host."""
@@ -184,12 +194,18 @@ class ResidentFeed:
         )
 
     def program(
-        self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
+        self,
+        compiled: Compiled,
+        name: Any,
+        settings: StepSettings,
+        step: BatchStep,
+        state: Any,
+        run: Run = steps_until_bad,
     ) -> Any:
         """Return the compiled program of any number of steps."""
         return compiled(
             name,
-            lambda: pmap_donated(make_resident_call(settings, step)),
+            lambda: pmap_donated(make_resident_call(settings, step, run)),
             state,
             self._train,
             replicate(_CALL),
@@ -262,15 +278,22 @@ class StreamFeed:
         self._statistics = replicate(mean), replicate(std)
 
     def program(
-        self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
+        self,
+        compiled: Compiled,
+        name: Any,
+        settings: StepSettings,
+        step: BatchStep,
+        state: Any,
+        run: Run = steps_until_bad,
     ) -> Any:
         """Return the compiled program of one step."""
         return compiled(
             name,
-            lambda: pmap_donated(make_stream_call(settings, step)),
+            lambda: pmap_donated(make_stream_call(settings, step, run)),
             state,
             self._blank(settings.batch_size),
             replicate(_CALL),
+            replicate(_NONE),
         )
 
     def _blank(self, batch_size: int) -> Examples:
@@ -322,11 +345,14 @@ class StreamFeed:
         epoch, first, count = (int(n) for n in (call.epoch, call.first_step, call.num_steps))
         batches = self._training_batches(epoch, first)
         found = []
+        # From step to step on the devices: looking at it here would hold up what follows.
+        bad = replicate(_NONE)
         for step in range(first, first + count):
             images, labels = next(batches)
             number = dataclasses.replace(call, first_step=np.asarray(step, np.int32))
             batch = Examples(images, labels, *self._statistics)
-            state, metrics = program(state, batch, replicate(number))
+            state, metrics = program(state, batch, replicate(number), bad)
+            bad = metrics["bad_step"]
             found.append(metrics)
             if jax.default_backend() == "cpu":
                 # Queued collectives of several CPU devices can wait for each other for ever.

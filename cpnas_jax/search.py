@@ -29,6 +29,7 @@ from cpnas_jax.architecture.sampling import (
 from cpnas_jax.config import config_hash, deciding_keys, flatten
 from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
 from cpnas_jax.data.undecodable import tell_skipped
+from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.models.space import CELL_TYPES
 from cpnas_jax.path_optimizer import CHILD, PARENT
 from cpnas_jax.runtime import environment
@@ -255,7 +256,12 @@ class _Run:
         architecture = permutations[position.sample - 1]
         trained, accuracies = {}, {}
         for model in (CHILD, PARENT):
-            trained[model] = self.networks.train_epoch(model, architecture, position.epoch)
+            try:
+                trained[model] = self.networks.train_epoch(model, architecture, position.epoch)
+            except NotFinite as error:
+                # Its number is that of the sampled epochs done.
+                held = {position.epoch: f"after sampled epoch {position.epoch}"}
+                raise error.naming(self.checkpoints.last_good(held)) from error
             accuracies[model] = self.networks.score(model, architecture)
         z = child_parent_score(accuracies[CHILD], accuracies[PARENT], search.beta_p)
         progress.alpha, progress.alpha_state = update_alpha(

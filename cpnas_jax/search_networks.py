@@ -1,7 +1,6 @@
 """The child and the parent supernet on the devices: their state, programs, training and scoring."""
 
 import dataclasses
-import math
 import time
 from typing import Any
 
@@ -14,6 +13,7 @@ from cpnas_jax.config_rules import check_fits_images
 from cpnas_jax.data.datasets import Split, channel_statistics
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import weights_key
+from cpnas_jax.diagnosis import NotFinite, explained, once
 from cpnas_jax.models import supernet
 from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.operations import OperationSettings
@@ -22,9 +22,11 @@ from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
+from cpnas_jax.search_diagnosis import bad_layer
 from cpnas_jax.search_step import (
     Call,
     ModelState,
+    PathLoss,
     StepSettings,
     make_score_call,
     make_train_call,
@@ -143,7 +145,7 @@ class Networks:
         )
         self._init = jax.jit(self._initial_model)
         self._check_memory()
-        step = StepSettings(
+        self._step = StepSettings(
             supernet=self._settings,
             batch_size=search.batch_size,
             num_devices=self._num_devices,
@@ -151,7 +153,7 @@ class Networks:
             flip=config.dataset.flip,
             steps_per_epoch=self.steps_per_epoch,
         )
-        self._train = pmap_donated(make_train_call(step, self._optimizer))
+        self._train = pmap_donated(make_train_call(self._step, self._optimizer))
         self._score = pmap_kept(
             make_score_call(
                 self._settings, len(validation.labels), search.score_batch_size, self._num_devices
@@ -249,7 +251,7 @@ class Networks:
         """Train one model with one architecture for one epoch.
 
         Raises:
-            UserError: the loss is not finite; nothing saved is lost.
+            NotFinite: the loss or its gradient is; the state is that before the bad step.
         """
         loss, correct, first = 0.0, 0, 0
         while first < self.steps_per_epoch:
@@ -264,18 +266,38 @@ class Networks:
             host = to_host(sums)
             if self.first_step_seconds is None:
                 self.first_step_seconds = time.monotonic() - self._started
-            if not math.isfinite(host["loss"]):
-                key = "child_learning_rate" if model == CHILD else "learning_rate"
-                raise UserError(
-                    f"the loss of the {model} is {host['loss']} in steps {first} to "
-                    f"{first + count - 1} of sampled epoch {epoch + 1}; the last checkpoint is "
-                    f"kept. Try a smaller config.search.{key} in a new workdir"
-                )
+            if int(host["bad_step"]) >= 0:
+                raise self._not_finite(model, architecture, epoch, int(host["bad_step"]))
             loss += float(host["loss"])
             correct += int(host["correct"])
             first += count
         seen = self.steps_per_epoch * self._batch_size
         return EpochResult(loss / self.steps_per_epoch, correct / seen)
+
+    def _not_finite(
+        self, model: str, architecture: np.ndarray, epoch: int, number: int
+    ) -> NotFinite:
+        """Run a bad step again from the state before it, and say which layer makes it so."""
+        start = to_host(self._states[model])
+        call = self._call(model, architecture, epoch, number, 1)
+
+        def repeat(optimizer: Any, loss_of: PathLoss) -> tuple[ModelState, dict[str, Any]]:
+            function = pmap_kept(make_train_call(self._step, optimizer, loss_of, once))
+            arguments = (replicate(start), self._examples["train"], call)
+            program = function.lower(*arguments).compile(self._compiler_options)
+            state, found = program(*arguments)
+            return to_host(state), to_host(found)
+
+        layer = explained(
+            lambda: bad_layer(self._settings, self._optimizer, architecture, model == CHILD, repeat)
+        )
+        key = "child_learning_rate" if model == CHILD else "learning_rate"
+        return NotFinite(
+            f"the loss of the {model} or its gradient is not finite in step {number + 1} of "
+            f"sampled epoch {epoch + 1}",
+            layer,
+            f"Try a smaller config.search.{key} in a new workdir",
+        )
 
     def score(self, model: str, architecture: np.ndarray) -> float:
         """Return the accuracy over the whole validation part, in [0, 1]."""

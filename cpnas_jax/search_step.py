@@ -20,8 +20,8 @@ from cpnas_jax.data.order import batch_indices, epoch_permutation, scoring_indic
 from cpnas_jax.models import supernet
 from cpnas_jax.models.losses import cross_entropy
 from cpnas_jax.models.supernet import SupernetSettings
-from cpnas_jax.path_optimizer import PathOptimizer
 from cpnas_jax.runtime.parallel import AXIS
+from cpnas_jax.steps import Run, all_finite, steps_until_bad
 
 
 @flax.struct.dataclass
@@ -79,24 +79,44 @@ class StepSettings:
     steps_per_epoch: int
 
 
-def make_train_call(
-    settings: StepSettings, optimizer: PathOptimizer
-) -> Callable[[ModelState, Examples, Call], tuple[ModelState, dict[str, jax.Array]]]:
-    """Return the function of one device that runs several training steps; to be pmapped.
+PathLoss = Callable[[supernet.Params, jax.Array, jax.Array, Call], tuple[jax.Array, Any]]
+"""(params, images, labels, call) -> mean loss, and what is summed over the devices."""
 
-    It returns the new state and sums over the steps: `loss`, of the global batches' means, and
-    `correct`, of the training examples.
-    """
-    per_device = settings.batch_size // settings.num_devices
+
+def make_path_loss(settings: SupernetSettings) -> PathLoss:
+    """Return the loss of the sampled path, which also counts the `correct` answers."""
 
     def loss_of(
         params: supernet.Params, images: jax.Array, labels: jax.Array, call: Call
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = supernet.apply(
-            params, images, call.architecture, settings=settings.supernet, binary=call.binary
+            params, images, call.architecture, settings=settings, binary=call.binary
         )
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
-        return cross_entropy(logits, labels), correct
+        return cross_entropy(logits, labels), {"correct": correct}
+
+    return loss_of
+
+
+def make_train_call(
+    settings: StepSettings,
+    optimizer: Any,
+    loss_of: PathLoss | None = None,
+    run: Run = steps_until_bad,
+) -> Callable[[ModelState, Examples, Call], tuple[ModelState, dict[str, jax.Array]]]:
+    """Return the function of one device that runs several training steps; to be pmapped.
+
+    It returns the new state and sums over the steps: `loss`, of the global batches' means,
+    `correct`, of the training examples, and `bad_step` (see `steps.steps_until_bad`).
+
+    Args:
+        settings: the static side.
+        optimizer: a `PathOptimizer`, or what is called like one.
+        loss_of: `make_path_loss`, or what a diagnosis puts in its place.
+        run: runs the steps.
+    """
+    loss_of = loss_of or make_path_loss(settings.supernet)
+    per_device = settings.batch_size // settings.num_devices
 
     def train_call(
         state: ModelState, examples: Examples, call: Call
@@ -106,10 +126,8 @@ def make_train_call(
         order = epoch_permutation(key, call.epoch, examples.labels.shape[0])
 
         def step(
-            offset: jax.Array, carry: tuple[ModelState, dict[str, jax.Array]]
-        ) -> tuple[ModelState, dict[str, jax.Array]]:
-            state, sums = carry
-            number = call.first_step + offset
+            number: jax.Array, state: ModelState
+        ) -> tuple[ModelState, dict[str, jax.Array], jax.Array]:
             rows = batch_indices(order, number, settings.batch_size, device, per_device)
             images = random_crop_flip(
                 step_key(key, call.epoch, number, device),
@@ -118,7 +136,7 @@ def make_train_call(
                 settings.flip,
             )
             images = normalise(images, examples.mean, examples.std)
-            (loss, correct), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+            (loss, counts), gradients = jax.value_and_grad(loss_of, has_aux=True)(
                 state.params, images, examples.labels[rows], call
             )
             gradients, loss = lax.pmean((gradients, loss), AXIS)
@@ -130,15 +148,12 @@ def make_train_call(
                 binary=call.binary,
                 step=call.epoch * settings.steps_per_epoch + number,
             )
-            sums = {
-                "loss": sums["loss"] + loss,
-                "correct": sums["correct"] + lax.psum(correct, AXIS),
-            }
-            return ModelState(params, optimizer_state), sums
+            metrics = {"loss": loss, **lax.psum(counts, AXIS)}
+            return ModelState(params, optimizer_state), metrics, all_finite((loss, gradients))
 
         zeros = {"loss": jnp.zeros((), jnp.float32), "correct": jnp.zeros((), jnp.int32)}
         # The number of steps is an input: a last, shorter call of an epoch is the same program.
-        return lax.fori_loop(jnp.int32(0), call.num_steps, step, (state, zeros))
+        return run(step, call.first_step, call.num_steps, state, zeros)
 
     return train_call
 

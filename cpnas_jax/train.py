@@ -11,6 +11,7 @@ from ml_collections import config_dict
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.config import deciding_keys, flatten
 from cpnas_jax.data.undecodable import tell_skipped
+from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.evaluate import Evaluation
 from cpnas_jax.feeds import Facts, Feed, open_feed
 from cpnas_jax.runtime import environment
@@ -129,6 +130,7 @@ class _Run:
         self.position, self.sums = Position(), EpochSums()
         self.best_accuracy, self.best_epoch = -1.0, 0
         self.history: History
+        self.held: dict[int, str] = {}
         self.evaluated: Evaluation | None = None
 
     def resume_or_start(self) -> None:
@@ -145,6 +147,7 @@ class _Run:
             state, lines = found.state, found.record["history"]
             self.position = Position(**found.record["position"])
             self.sums = EpochSums(**found.record["sums"])
+            self.held[found.step] = self._reached()
             self.best_accuracy = found.record["best_accuracy"]
             self.best_epoch = found.record["best_epoch"]
             self.trainer.met_before(found.record["undecodable"])
@@ -203,7 +206,10 @@ class _Run:
             count = min(self.config.runtime.steps_per_call, steps - position.step)
             if every:
                 count = min(count, every - since)
-            self.trainer.train(position.epoch, position.step, count, self.sums)
+            try:
+                self.trainer.train(position.epoch, position.step, count, self.sums)
+            except NotFinite as error:
+                raise error.naming(self.last.last_good(self.held)) from error
             position.step += count
             since += count
             if every and since == every and position.step < steps:
@@ -262,6 +268,11 @@ class _Run:
     def _save(self) -> None:
         number = self.position.epoch * self.trainer.steps_per_epoch + self.position.step
         self.last.save(number, self.trainer.host_state(), self._record())
+        self.held[number] = self._reached()
+
+    def _reached(self) -> str:
+        epoch, step = self.position.epoch, self.position.step
+        return f"after step {step} of epoch {epoch + 1}" if step else f"after epoch {epoch}"
 
     def results(self) -> dict[str, Any]:
         """Return what a script reads of the finished training."""

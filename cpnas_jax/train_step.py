@@ -21,7 +21,9 @@ from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import batch_indices, epoch_permutation, step_key
 from cpnas_jax.models import losses
 from cpnas_jax.models.network import Network, NetworkSettings, Outputs, stretches
+from cpnas_jax.models.watch import COLLECTION
 from cpnas_jax.runtime.parallel import AXIS
+from cpnas_jax.steps import Run, all_finite, steps_until_bad
 
 LOSS_TERMS = ("cross_entropy", "auxiliary", "reconstruction", "center", "parent")
 """Logged apart, unweighted; `loss` is their weighted sum."""
@@ -107,13 +109,17 @@ def make_batch_step(
     settings: StepSettings,
     optimizer: optax.GradientTransformation,
     parent_optimizer: optax.GradientTransformation | None,
+    *,
+    watch: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Return (state, images f32[n, H, W, C], labels int32[n], key) -> (state, metrics).
 
     To be called inside a function that is pmapped over `AXIS`. Metrics are means over the global
     batch: `loss`, the `LOSS_TERMS`, `accuracy`; and `finite`, bool[], whether the loss and every
-    gradient are.
+    gradient are. With `watch`, what the networks write into `watch.COLLECTION` stands beside the
+    `batch_stats` of the new state.
     """
+    collections = ["batch_stats", *([COLLECTION] if watch else [])]
     loss, operations = settings.loss, settings.network.operations
     network = Network(settings.network)
     scanned = frozenset(f"cells{s.first}" for s in stretches(settings.network) if s.length > 1)
@@ -128,9 +134,9 @@ def make_batch_step(
             train=True,
             drop_path=rate if settings.drop_path else None,
             rngs={"drop_path": key},
-            mutable=["batch_stats"],
+            mutable=collections,
         )
-        return outputs, changed["batch_stats"]
+        return outputs, changed if watch else changed["batch_stats"]
 
     def entropies(outputs: Outputs, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         main = losses.cross_entropy(outputs.logits, labels, loss.label_smoothing)
@@ -187,9 +193,8 @@ def make_batch_step(
         gradients, metrics, stats, parent_stats = lax.pmean(
             (gradients, metrics, stats, parent_stats), AXIS
         )
-        # A finite loss may have a gradient that is not: the weights after it would be saved.
-        checked = [metrics["loss"], *jax.tree.leaves(gradients)]
-        metrics["finite"] = jnp.stack([jnp.isfinite(leaf).all() for leaf in checked]).all()
+        # A finite loss may have a gradient that is not.
+        metrics["finite"] = all_finite((metrics["loss"], gradients))
         params, optimizer_state = train_optimizer.update(
             optimizer, gradients["child"], state.optimizer, state.params
         )
@@ -257,12 +262,12 @@ def _augmented(
 
 
 def make_resident_call(
-    settings: StepSettings, batch_step: BatchStep
+    settings: StepSettings, batch_step: BatchStep, run: Run = steps_until_bad
 ) -> Callable[[TrainState, Examples, TrainCall], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the function of one device that runs several steps on data it holds; to be pmapped.
 
-    Metrics are sums over the steps, and `bad_step`, the first step of the epoch whose loss or
-    gradient, or the sum of a metric up to it, was not finite, or -1.
+    Metrics are sums over the steps, and `bad_step` (see `steps.steps_until_bad`). `run` runs the
+    steps.
     """
     per_device = settings.batch_size // settings.num_devices
 
@@ -273,52 +278,58 @@ def make_resident_call(
         device = lax.axis_index(AXIS).astype(jnp.int32)
         order = epoch_permutation(key, call.epoch, examples.labels.shape[0])
 
-        def one(number: jax.Array, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        def one(
+            number: jax.Array, state: TrainState
+        ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
             rows = batch_indices(order, number, settings.batch_size, device, per_device)
             own = step_key(key, call.epoch, number, device)
             augment_key, drop_key = jax.random.split(own)
             images = _augmented(
                 settings, augment_key, examples.images[rows], examples.mean, examples.std
             )
-            return batch_step(state, images, examples.labels[rows], drop_key)
+            return _judged(*batch_step(state, images, examples.labels[rows], drop_key))
 
-        names = ("loss", *LOSS_TERMS, "accuracy")
-        zeros: dict[str, jax.Array] = {name: jnp.zeros((), jnp.float32) for name in names}
-        zeros["bad_step"] = jnp.full((), -1, jnp.int32)
-
-        def body(offset: jax.Array, carry: tuple[TrainState, dict[str, jax.Array]]) -> Any:
-            state, sums = carry
-            number = call.first_step + offset
-            new, metrics = one(number, state)
-            failed = sums["bad_step"] >= 0
-            totals = {name: sums[name] + metrics[name] for name in names}
-            bad = ~metrics["finite"] | ~jnp.isfinite(jnp.stack(list(totals.values()))).all()
-            totals["bad_step"] = jnp.where(~failed & bad, number, sums["bad_step"])
-            return new, totals
-
-        return lax.fori_loop(jnp.int32(0), call.num_steps, body, (state, zeros))
+        return run(one, call.first_step, call.num_steps, state, _zeros())
 
     return call_steps
 
 
+def _judged(
+    state: TrainState, metrics: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
+    """Take `finite` out of the metrics, as `steps.Step` wants it."""
+    finite = metrics.pop("finite")
+    return state, metrics, finite
+
+
+def _zeros() -> dict[str, jax.Array]:
+    """Return the sums of metrics before the first step."""
+    return {name: jnp.zeros((), jnp.float32) for name in ("loss", *LOSS_TERMS, "accuracy")}
+
+
 def make_stream_call(
-    settings: StepSettings, batch_step: BatchStep
-) -> Callable[[TrainState, Examples, TrainCall], tuple[TrainState, dict[str, jax.Array]]]:
+    settings: StepSettings, batch_step: BatchStep, run: Run = steps_until_bad
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Return the function of one device that runs a step on a batch it is given; to be pmapped.
 
     The examples are the device's part of the batch, cropped on the host. Metrics are those of
-    `make_resident_call`, of one step.
+    `make_resident_call`, of one step. Behind the arguments of that one, it takes the `bad_step` of
+    the call before: the state stays as it was before a bad step, though others are on their way.
     """
 
     def call_step(
-        state: TrainState, batch: Examples, call: TrainCall
+        state: TrainState, batch: Examples, call: TrainCall, bad: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         device = lax.axis_index(AXIS).astype(jnp.int32)
         key = jax.random.wrap_key_data(call.key)
-        augment_key, drop_key = jax.random.split(step_key(key, call.epoch, call.first_step, device))
-        images = _augmented(settings, augment_key, batch.images, batch.mean, batch.std)
-        state, metrics = batch_step(state, images, batch.labels, drop_key)
-        bad_step = jnp.where(metrics.pop("finite"), -1, call.first_step)
-        return state, {**metrics, "bad_step": bad_step}
+
+        def one(
+            number: jax.Array, state: TrainState
+        ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
+            augment_key, drop_key = jax.random.split(step_key(key, call.epoch, number, device))
+            images = _augmented(settings, augment_key, batch.images, batch.mean, batch.std)
+            return _judged(*batch_step(state, images, batch.labels, drop_key))
+
+        return run(one, call.first_step, jnp.int32(1), state, _zeros(), bad)
 
     return call_step

@@ -175,6 +175,21 @@ class Checkpoints:
         """Return the numbers of what is there, ascending."""
         return sorted(self._manager.all_steps())
 
+    def last_good(self, held: dict[int, str]) -> str:
+        """Finish the save under way; name the newest checkpoint, for the error that ends a run.
+
+        Args:
+            held: number -> what that checkpoint holds, in words, as far as it is known.
+        """
+        # It is not this save's failure that the run ends with.
+        with contextlib.suppress(UserError):
+            self.wait()
+        steps = self.steps()
+        if not steps:
+            return "no checkpoint was written yet"
+        told = f"the last good checkpoint is {self._directory / str(steps[-1])}"
+        return f"{told}, {held[steps[-1]]}" if steps[-1] in held else told
+
     def forget_above(self, step: int) -> None:
         """Delete every checkpoint with a number above `step`."""
         for number in self.steps():

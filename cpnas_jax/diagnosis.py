@@ -41,14 +41,18 @@ _LAST = (9, 0, 0)
 class NotFinite(UserError):
     """A step whose loss, gradient or result is not finite; nothing saved is lost."""
 
-    def __init__(self, what: str, layer: str, hint: str) -> None:
-        """Take in what happened, where it began, and what to do."""
-        self._what, self._hint = f"{what}; {layer}", hint
-        super().__init__(f"{self._what}. {hint}")
+    # A step is of all devices, and so its end.
+    in_all_processes = True
 
-    def naming(self, checkpoint: str) -> UserError:
+    def __init__(self, what: str, layer: str, hint: str, checkpoint: str = "") -> None:
+        """Take in what happened, where it began, what to do, and what is saved."""
+        self._what, self._layer, self._hint = what, layer, hint
+        named = f"; {checkpoint}" if checkpoint else ""
+        super().__init__(f"{what}; {layer}{named}. {hint}")
+
+    def naming(self, checkpoint: str) -> "NotFinite":
         """Return the error that also names the last checkpoint."""
-        return UserError(f"{self._what}; {checkpoint}. {self._hint}")
+        return NotFinite(self._what, self._layer, self._hint, checkpoint)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,10 @@ not its business. Order and augmentation are functions of (seed, epoch, step) in
 feed has no state that a checkpoint would have to hold.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Generator
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ from cpnas_jax.data.datasets import Split, channel_statistics, limit_examples, l
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.stream import Stream, open_stream, placed_ahead
 from cpnas_jax.models.network import NetworkSettings
+from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.parallel import (
     pmap_donated,
@@ -27,8 +30,10 @@ from cpnas_jax.runtime.parallel import (
     replicate,
     to_host,
 )
+from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.steps import Run, steps_until_bad
 from cpnas_jax.train_step import (
+    FAILED,
     BatchStep,
     StepSettings,
     TrainCall,
@@ -40,14 +45,22 @@ from cpnas_jax.train_step import (
 Compiled = Callable[..., Any]
 """(name, make, *arguments) -> the compiled program of what `make()` returns, made once a name."""
 
-Batches = Generator[tuple[jax.Array, ...], None, None]
-"""Arrays of a batch, divided among the local devices."""
+Batches = Generator[tuple[tuple[Any, ...], Exception | None], None, None]
+"""Arrays of a batch, divided among the local devices; and what came instead of it, see `_lasting`.
+"""
 
 DEPTH = 2
 """Batches that are on the devices before they are asked for."""
 
 _ZERO = np.zeros((), np.int32)
-_CALL = TrainCall(epoch=_ZERO, first_step=_ZERO, num_steps=_ZERO, key=np.zeros(2, np.uint32))
+_CALL = TrainCall(
+    epoch=_ZERO,
+    first_step=_ZERO,
+    num_steps=_ZERO,
+    stop=_ZERO,
+    passes=_ZERO,
+    key=np.zeros(2, np.uint32),
+)
 """What a call looks like, to compile for it."""
 
 _NONE = np.full((), -1, np.int32)
@@ -135,7 +148,13 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
     Raises:
         UserError: see the errors of the data; a stream without `dataset.image_size`.
     """
+    # The first process may have to prepare what the others read.
+    return processes.first_before_others(lambda: _opened(config))
+
+
+def _opened(config: config_dict.ConfigDict) -> Feed:
     dataset, split = config.dataset, config.evaluate.split
+    shards = Shards(jax.device_count(), config.runtime.deterministic)
     if dataset.stream:
         if not dataset.image_size:
             raise UserError(
@@ -150,20 +169,45 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
                 (split, "evaluate", "evaluate.examples"),
             )
         ]
-        return StreamFeed(streams[0], streams[1], config)
+        return StreamFeed(streams[0], streams[1], config, shards)
     options = (dataset.data_dir or None, dataset.image_size or None, dataset.max_undecodable)
     train, test = (load_split(dataset.name, name, *options) for name in ("train", split))
     return ResidentFeed(
         limit_examples(train, config.train.examples, config.seed, "train.examples"),
         limit_examples(test, config.evaluate.examples, config.seed, "evaluate.examples"),
         split,
+        shards,
     )
+
+
+def _passes(shards: Shards) -> jax.Array:
+    return replicate(np.asarray(shards.passes, np.int32))
+
+
+def _lasting(batches: Generator[tuple[Any, ...], None, None], blank: tuple[Any, ...]) -> Batches:
+    """Give batches with None, and blank ones with the error after one that cannot be read.
+
+    The other processes are on their way to the same step, and cannot be told before it. A process
+    without others raises the error at once.
+    """
+    with contextlib.closing(batches):
+        try:
+            for batch in batches:
+                yield batch, None
+        except Exception as error:
+            if not processes.several():
+                raise
+            failed = error
+        else:
+            return
+    while True:
+        yield blank, failed
 
 
 class ResidentFeed:
     """Both splits as uint8 in the memory of every device; many steps run in one call."""
 
-    def __init__(self, train: Split, test: Split, test_name: str) -> None:
+    def __init__(self, train: Split, test: Split, test_name: str, shards: Shards) -> None:
         height, width, channels = train.images.shape[1:]
         if test.images.shape[1:] != train.images.shape[1:]:
             sizes = ["x".join(map(str, split.images.shape[1:])) for split in (train, test)]
@@ -179,6 +223,7 @@ class ResidentFeed:
             train.class_names,
         )
         self._splits, self._names = (train, test), ("train", test_name)
+        self._shards = shards
         self._train: Examples
         self._test: Examples
 
@@ -188,6 +233,7 @@ class ResidentFeed:
 
     def place(self) -> None:
         """Put both splits on every device."""
+        processes.require_agreement("reading the data", undecodable=self.undecodable())
         mean, std = channel_statistics(self._splits[0].images)
         self._train, self._test = (
             replicate(Examples(split.images, split.labels, mean, std)) for split in self._splits
@@ -226,17 +272,18 @@ class ResidentFeed:
             ("evaluate", settings),
             lambda: pmap_kept(
                 evaluate.make_evaluation_call(
-                    settings, self.facts.num_test, batch_size, jax.device_count()
+                    settings, self.facts.num_test, batch_size, self._shards
                 )
             ),
             variables,
             self._test,
+            _passes(self._shards),
         )
 
     def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
         """Count the answers over the test split in one go."""
         del batch_size
-        return to_host(program(variables, self._test))
+        return to_host(program(variables, self._test, _passes(self._shards)))
 
     def undecodable(self) -> dict[str, list[int]]:
         """Return split -> examples that were left out when it was loaded."""
@@ -253,8 +300,10 @@ class ResidentFeed:
 class StreamFeed:
     """Batches that are read, decoded and cropped on the host while the devices work."""
 
-    def __init__(self, train: Stream, test: Stream, config: config_dict.ConfigDict) -> None:
-        self._streams, self._config = (train, test), config
+    def __init__(
+        self, train: Stream, test: Stream, config: config_dict.ConfigDict, shards: Shards
+    ) -> None:
+        self._streams, self._config, self._shards = (train, test), config, shards
         self.facts = Facts(
             train.name,
             train.image_shape,
@@ -274,7 +323,7 @@ class StreamFeed:
 
     def place(self) -> None:
         """Estimate the channels' statistics; images follow batch by batch."""
-        mean, std = self._streams[0].channel_statistics()
+        mean, std = processes.together(self._streams[0].channel_statistics)
         self._statistics = replicate(mean), replicate(std)
 
     def program(
@@ -317,7 +366,8 @@ class StreamFeed:
                 area=(dataset.crop_area, 1.0),
                 workers=dataset.workers,
             )
-            self._batches = placed_ahead(found, DEPTH)
+            blank = self._blank(self._config.train.batch_size)
+            self._batches = _lasting(placed_ahead(found, DEPTH), (blank.images, blank.labels))
         return self._batches
 
     def undecodable(self) -> dict[str, list[int]]:
@@ -348,8 +398,12 @@ class StreamFeed:
         # From step to step on the devices: looking at it here would hold up what follows.
         bad = replicate(_NONE)
         for step in range(first, first + count):
-            images, labels = next(batches)
-            number = dataclasses.replace(call, first_step=np.asarray(step, np.int32))
+            (images, labels), failed = next(batches)
+            number = dataclasses.replace(
+                call,
+                first_step=np.asarray(step, np.int32),
+                stop=np.asarray(FAILED, np.int32) if failed else call.stop,
+            )
             batch = Examples(images, labels, *self._statistics)
             state, metrics = program(state, batch, replicate(number), bad)
             bad = metrics["bad_step"]
@@ -360,6 +414,8 @@ class StreamFeed:
         whole_epoch = first + count == self.facts.num_train // self._config.train.batch_size
         self._next = (epoch + 1, 0) if whole_epoch else (epoch, first + count)
         hosts = [to_host(metrics) for metrics in found]
+        if any(host["stop"] == FAILED for host in hosts):
+            processes.share_error(failed)
         sums = {name: sum(float(host[name]) for host in hosts) for name in hosts[0]}
         bad = [int(host["bad_step"]) for host in hosts if host["bad_step"] >= 0]
         return state, {**sums, "bad_step": min(bad, default=-1)}
@@ -371,14 +427,17 @@ class StreamFeed:
         blank = self._blank(batch_size)
         return compiled(
             ("evaluate", settings),
-            lambda: pmap_kept(evaluate.make_batch_evaluation_call(settings)),
+            lambda: pmap_kept(evaluate.make_batch_evaluation_call(settings, self._shards)),
             variables,
             blank,
             np.zeros(blank.labels.shape, np.float32),
+            _passes(self._shards),
         )
 
     def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
         """Count the answers over the test split, batch by batch."""
+        num_batches = -(-self.facts.num_test // batch_size)
+        blank = self._blank(batch_size)
         batches = self._streams[1].evaluation_batches(
             batch_size=batch_size,
             process_index=jax.process_index(),
@@ -387,7 +446,13 @@ class StreamFeed:
             workers=self._config.dataset.workers,
         )
         counts: list[dict[str, np.ndarray]] = []
-        for images, labels, mask in placed_ahead(batches, DEPTH):
-            examples = Examples(images, labels, *self._statistics)
-            counts.append(to_host(program(variables, examples, mask)))
+        passes = _passes(self._shards)
+        failed: Exception | None = None
+        nothing = (blank.images, blank.labels, np.zeros(blank.labels.shape, np.float32))
+        with contextlib.closing(_lasting(placed_ahead(batches, DEPTH), nothing)) as read:
+            for (images, labels, mask), error in itertools.islice(read, num_batches):
+                failed = error
+                examples = Examples(images, labels, *self._statistics)
+                counts.append(to_host(program(variables, examples, mask, passes)))
+        processes.share_error(failed)
         return functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), counts)

@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterable
 
 from cpnas_jax.data import records
+from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
-from cpnas_jax.runtime.parallel import union
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -91,7 +91,8 @@ class Undecodable:
         Raises:
             UserError: they are too many, in every process alike.
         """
-        self.take_in(union(self._rows))
+        known = processes.union(self._rows)
+        processes.together(lambda: self.take_in(known))
         return self.rows
 
     def _place(self, row: int) -> str:

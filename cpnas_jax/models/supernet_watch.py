@@ -39,7 +39,7 @@ def watch_path(
     stem = layers.conv_3x3(
         images, params["stem"]["kernel"], formulation=settings.operations.formulation
     )
-    previous = current = layers.normalize(stem)
+    previous = current = layers.normalize(stem, settings.operations.statistics)
     notes: dict[str, Any] = {"stem": {"conv0": {BAD: badness(stem)}, BAD: badness(current)}}
     for number, shape in enumerate(cell_shapes(settings)):
         cell_notes = dict[str, Any]()

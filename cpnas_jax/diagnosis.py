@@ -1,10 +1,10 @@
 """After a step that is not finite: which layer is it, in words that a person can look up.
 
-The step is run once more from the state before it, on the same batch, with every layer watched;
-nothing of this is compiled before. Three questions follow each other, and the first that has an
-answer gives the layer: which output is not finite (the first in forward order), which term of the
-loss, and which gradient (the nearest to the output, where backpropagation met it first). Where all
-these are finite, the update itself made something that is not.
+An update may have left a weight that is not finite: then that is it. Else the step is run once more
+from the state before it, on the same batch, with every layer watched; nothing of this is compiled
+before. Three questions follow each other, and the first that has an answer gives the layer: which
+output is not finite (the first in forward order), which term of the loss, and which gradient (the
+nearest to the output, where backpropagation met it first).
 """
 
 import dataclasses
@@ -171,6 +171,11 @@ def last_bad_leaf(leaves: list[tuple[Place, np.ndarray]]) -> Place | None:
     """Return the parameter nearest the output of which not every element is finite."""
     bad = [place for place, leaf in leaves if not np.isfinite(leaf).all()]
     return max(bad, key=Place.rank, default=None)
+
+
+def finite_on_host(tree: Any) -> bool:
+    """Tell whether every number of arrays in host memory is finite."""
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
 def once(

@@ -9,6 +9,7 @@ import numpy as np
 from cpnas_jax.diagnosis import (
     MarkingPathOptimizer,
     Place,
+    finite_on_host,
     first_bad_output,
     last_bad_leaf,
     network_places,
@@ -26,7 +27,7 @@ Repeat = Callable[[Any, PathLoss], tuple[ModelState, dict[str, Any]]]
 
 def bad_layer(
     settings: SupernetSettings,
-    optimizer: Any,
+    state: ModelState,
     architecture: np.ndarray,
     binary: bool,
     repeat: Repeat,
@@ -35,7 +36,7 @@ def bad_layer(
 
     Args:
         settings: of the supernet.
-        optimizer: of the step.
+        state: that the step is taken from, in host memory.
         architecture: int[2, 14], what was sampled.
         binary: child or parent.
         repeat: runs the step again.
@@ -55,6 +56,11 @@ def bad_layer(
     def text(place: Place) -> str:
         return place.text(kinds, operation)
 
+    place = last_bad_leaf(supernet_places(state.params))
+    if place:
+        return f"an update left {text(place)} that is not"
+    if not finite_on_host(state.optimizer):
+        return "an update left a state of the optimizer that is not"
     state, metrics = repeat(MarkingPathOptimizer(), watched_loss)
     place = first_bad_output(network_places(metrics[COLLECTION], frozenset()))
     if place:
@@ -67,12 +73,4 @@ def bad_layer(
             "the loss is, and of the gradients that are not the nearest to the output is that of "
             f"{text(place)}"
         )
-    state, _ = repeat(optimizer, plain)
-    place = last_bad_leaf(supernet_places(state.params))
-    start = "loss and gradients are, but the step leaves"
-    if place:
-        return f"{start} {text(place)} that is not"
-    leaves = jax.tree.leaves(state.optimizer)
-    if not all(np.isfinite(leaf).all() for leaf in leaves):
-        return f"{start} a state of the optimizer that is not"
     return None

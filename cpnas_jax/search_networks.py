@@ -271,7 +271,7 @@ class Networks:
             Whether the run was asked to stop, in any process.
 
         Raises:
-            NotFinite: the loss or its gradient is; the state is that before the bad step.
+            NotFinite: the loss, its gradient or the update is; nothing saved is lost.
         """
         first = sums.steps
         # Calls end at the same steps wherever a run was interrupted.
@@ -307,12 +307,12 @@ class Networks:
             return to_host(state), to_host(found)
 
         layer = explained(
-            lambda: bad_layer(self._settings, self._optimizer, architecture, model == CHILD, repeat)
+            lambda: bad_layer(self._settings, start, architecture, model == CHILD, repeat)
         )
         key = "child_learning_rate" if model == CHILD else "learning_rate"
         return NotFinite(
-            f"the loss of the {model} or its gradient is not finite in step {number + 1} of "
-            f"sampled epoch {epoch + 1}",
+            f"the loss of the {model}, its gradient or the update is not finite in step "
+            f"{number + 1} of sampled epoch {epoch + 1}",
             layer,
             f"Try a smaller config.search.{key} in a new workdir",
         )

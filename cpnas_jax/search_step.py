@@ -29,7 +29,7 @@ from cpnas_jax.models.losses import cross_entropy
 from cpnas_jax.models.supernet import SupernetSettings
 from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.runtime.shards import Shards
-from cpnas_jax.steps import Run, all_finite, steps_until_bad
+from cpnas_jax.steps import Run, all_finite, steps_until_bad, unless_bad
 
 
 @flax.struct.dataclass
@@ -128,6 +128,8 @@ def make_train_call(
         loss_of: `make_path_loss`, or what a diagnosis puts in its place.
         run: runs the steps.
     """
+    # A diagnosis wants to see what the update makes of a bad step.
+    diagnosed = loss_of is not None
     loss_of = loss_of or make_path_loss(settings.supernet)
     size = settings.batch_size // settings.shards.count
 
@@ -155,16 +157,21 @@ def make_train_call(
                 return (gradients, loss), counts
 
             (gradients, loss), counts = settings.shards.combine(of_shard, call.passes)
-            params, optimizer_state = optimizer.update(
-                gradients,
-                state.optimizer,
-                state.params,
-                architecture=call.architecture,
-                binary=call.binary,
-                step=call.epoch * settings.steps_per_epoch + number,
-            )
-            metrics = {"loss": loss, **counts}
-            return ModelState(params, optimizer_state), metrics, all_finite((loss, gradients))
+            finite = all_finite((loss, gradients))
+
+            def updated() -> ModelState:
+                params, optimizer_state = optimizer.update(
+                    gradients,
+                    state.optimizer,
+                    state.params,
+                    architecture=call.architecture,
+                    binary=call.binary,
+                    step=call.epoch * settings.steps_per_epoch + number,
+                )
+                return ModelState(params, optimizer_state)
+
+            new = updated() if diagnosed else unless_bad(finite, updated, state)
+            return new, {"loss": loss, **counts}, finite
 
         zeros = {"loss": jnp.zeros((), jnp.float32), "correct": jnp.zeros((), jnp.int32)}
         # The number of steps is an input: a last, shorter call of an epoch is the same program.

@@ -25,6 +25,15 @@ def all_finite(tree: Any) -> jax.Array:
     return functools.reduce(jnp.logical_and, flags, jnp.array(True))
 
 
+def unless_bad(finite: jax.Array, update: Callable[[], Any], state: Any) -> Any:
+    """Return the state after an update, or the one before if loss or gradients are not finite.
+
+    A branch, not a choice between two results: it takes neither time nor the memory of a second
+    state.
+    """
+    return lax.cond(finite, update, lambda: state)
+
+
 def steps_until_bad(
     step: Step,
     first: jax.Array,
@@ -33,14 +42,14 @@ def steps_until_bad(
     zeros: dict[str, jax.Array],
     bad: jax.Array | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Run steps and sum their metrics; the first bad one is undone and is the last.
+    """Run steps and sum their metrics; the first bad one is the last.
 
-    A step is bad if its loss, a gradient, the sum of a metric up to it, or anything in the state
-    that it leaves is not finite. What the devices hold is therefore finite at any time, and what is
-    saved of it too.
+    A step is bad if its loss, a gradient, or the sum of a metric up to it is not finite. If the
+    update of the last step leaves something in the state that is not, that one is bad too; at any
+    earlier one it would show in the loss of the next.
 
     Args:
-        step: what to run.
+        step: what to run; it leaves the state as it was where loss or gradients are not finite.
         first: int32[], number of the first step.
         count: int32[], how many; the program is the same for any number.
         state: before the first.
@@ -59,10 +68,10 @@ def steps_until_bad(
         offset, state, sums, _ = carry
         new, metrics, finite = step(first + offset, state)
         sums = {name: sums[name] + metrics[name] for name in sums}
-        good = finite & all_finite(sums) & all_finite(new)
-        kept = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
-        return offset + 1, kept, sums, jnp.where(good, jnp.int32(-1), first + offset)
+        good = finite & all_finite(sums)
+        return offset + 1, new, sums, jnp.where(good, jnp.int32(-1), first + offset)
 
     start = (jnp.int32(0), state, zeros, jnp.int32(-1) if bad is None else bad)
     _, state, sums, bad = lax.while_loop(goes_on, body, start)
-    return state, {**sums, "bad_step": bad}
+    spoilt = (bad < 0) & ~all_finite(state)
+    return state, {**sums, "bad_step": jnp.where(spoilt, first + count - 1, bad)}

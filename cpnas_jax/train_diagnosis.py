@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
-import optax
 
 from cpnas_jax.diagnosis import (
     Place,
+    finite_on_host,
     first_bad_output,
     last_bad_leaf,
     marking_optimizer,
@@ -25,8 +24,8 @@ from cpnas_jax.train_step import (
     make_batch_step,
 )
 
-Repeat = Callable[[str, StepSettings, BatchStep], tuple[TrainState, dict[str, Any]]]
-"""(name, settings, step) -> what the bad step gives when it is run so, in host memory."""
+Repeat = Callable[[StepSettings, BatchStep], tuple[TrainState, dict[str, Any]]]
+"""(settings, step) -> what the bad step gives when it is run so, in host memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,25 +53,26 @@ class _Part:
 
 def bad_layer(
     settings: StepSettings,
-    optimizer: optax.GradientTransformation,
-    parent_optimizer: optax.GradientTransformation | None,
+    state: TrainState,
     repeat: Repeat,
 ) -> str | None:
     """Say what of a bad step is the first that is not finite; see `diagnosis`.
 
     Args:
         settings: of the step.
-        optimizer: its own.
-        parent_optimizer: that of a parent beside the child.
+        state: that the step is taken from, in host memory.
         repeat: runs the step again.
     """
-    # Nothing that is recomputed is watched; averages of weights are looked at with the update.
+    found = _left_by_update(settings.network, state)
+    if found:
+        return found
+    # Nothing that is recomputed is watched.
     network = dataclasses.replace(settings.network, recompute=False)
     plain = dataclasses.replace(settings, network=network, average_decay=0.0)
     marking = marking_optimizer()
     with watched():
         step = make_batch_step(plain, marking, marking, watch=True)
-        state, metrics = repeat("watched", plain, step)
+        state, metrics = repeat(plain, step)
     for part in _parts(network, state):
         place = first_bad_output(part.places(part.batch_stats[COLLECTION]))
         if place:
@@ -87,9 +87,7 @@ def bad_layer(
                 "the loss is, and of the gradients that are not the nearest to the output is that "
                 f"of {part.text(place)}"
             )
-    own = dataclasses.replace(settings, network=network)
-    state, _ = repeat("update", own, make_batch_step(own, optimizer, parent_optimizer))
-    return _bad_update(network, state)
+    return None
 
 
 def _parts(network: NetworkSettings, state: TrainState) -> Iterator[_Part]:
@@ -101,16 +99,14 @@ def _parts(network: NetworkSettings, state: TrainState) -> Iterator[_Part]:
         )
 
 
-def _bad_update(network: NetworkSettings, state: TrainState) -> str | None:
-    """Say what of the state after a step of finite loss and gradients is not finite."""
-    start = "loss and gradients are, but the step leaves"
+def _left_by_update(network: NetworkSettings, state: TrainState) -> str | None:
+    """Say what of a state is not finite."""
     for part in _parts(network, state):
         for tree in (part.params, part.batch_stats):
             place = last_bad_leaf(part.places(tree))
             if place:
-                return f"{start} {part.text(place)} that is not"
+                return f"an update left {part.text(place)} that is not"
     for name in ("optimizer", "average", "means", "parent"):
-        leaves = jax.tree.leaves(getattr(state, name))
-        if not all(np.isfinite(leaf).all() for leaf in leaves):
-            return f"{start} {name!r} of the training state that is not"
+        if not finite_on_host(getattr(state, name)):
+            return f"an update left {name!r} of the training state that is not"
     return None

@@ -33,7 +33,7 @@ from cpnas_jax.models.network import DropPath, Network, NetworkSettings, Outputs
 from cpnas_jax.models.watch import COLLECTION
 from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.runtime.shards import Shards
-from cpnas_jax.steps import Run, all_finite, steps_until_bad
+from cpnas_jax.steps import Run, all_finite, steps_until_bad, unless_bad
 
 LOSS_TERMS = ("cross_entropy", "auxiliary", "reconstruction", "center", "parent")
 """Logged apart, unweighted; `loss` is their weighted sum."""
@@ -145,8 +145,10 @@ def make_batch_step(
     `load` gives the `Shard` of a number, the key is that of drop path, and for the passes see
     `Shards.combine`. To be called inside a function that is pmapped over `AXIS`. Metrics are means
     over the global batch: `loss`, the `LOSS_TERMS`, `accuracy`; and `finite`, bool[], whether the
-    loss and every gradient are. With `watch`, what the networks write into `watch.COLLECTION`
-    stands beside the `batch_stats` of the new state.
+    loss and every gradient are; if not, the state stays as it was.
+
+    With `watch` it is changed all the same, and what the networks write into `watch.COLLECTION`
+    stands beside the `batch_stats` of the new one.
     """
     collections = ["batch_stats", *([COLLECTION] if watch else [])]
     loss, operations = settings.loss, settings.network.operations
@@ -235,35 +237,40 @@ def make_batch_step(
         (gradients, metrics, stats, parent_stats), sums = settings.shards.combine(of_shard, passes)
         # A finite loss may have a gradient that is not.
         metrics["finite"] = all_finite((metrics["loss"], gradients))
-        params, optimizer_state = train_optimizer.update(
-            optimizer, gradients["child"], state.optimizer, state.params
-        )
-        average = state.average
-        if settings.average_decay:
-            average = train_optimizer.moving_average(
-                average,
-                {"params": params, "batch_stats": stats},
-                settings.average_decay,
-                state.step,
+
+        def updated() -> TrainState:
+            params, optimizer_state = train_optimizer.update(
+                optimizer, gradients["child"], state.optimizer, state.params
             )
-        means = state.means
-        if loss.center_weight:
-            means = losses.update_means(means, *sums)
-        parent = state.parent
-        if loss.parent_kernel:
-            assert parent_optimizer is not None
-            parent_params, parent_state = train_optimizer.update(
-                parent_optimizer, gradients["parent"], parent["optimizer"], parent["params"]
+            average = state.average
+            if settings.average_decay:
+                average = train_optimizer.moving_average(
+                    average,
+                    {"params": params, "batch_stats": stats},
+                    settings.average_decay,
+                    state.step,
+                )
+            means = state.means
+            if loss.center_weight:
+                means = losses.update_means(means, *sums)
+            parent = state.parent
+            if loss.parent_kernel:
+                assert parent_optimizer is not None
+                parent_params, parent_state = train_optimizer.update(
+                    parent_optimizer, gradients["parent"], parent["optimizer"], parent["params"]
+                )
+                parent = {
+                    "params": parent_params,
+                    "batch_stats": parent_stats,
+                    "optimizer": parent_state,
+                }
+            return TrainState(
+                params, stats, optimizer_state, average, means, parent, state.step + 1
             )
-            parent = {
-                "params": parent_params,
-                "batch_stats": parent_stats,
-                "optimizer": parent_state,
-            }
-        return (
-            TrainState(params, stats, optimizer_state, average, means, parent, state.step + 1),
-            metrics,
-        )
+
+        # A diagnosis wants to see what the update makes of a bad step.
+        new = updated() if watch else unless_bad(metrics["finite"], updated, state)
+        return new, metrics
 
     return step
 

@@ -350,7 +350,7 @@ class Trainer:
             Whether the run was asked to stop, in any process.
 
         Raises:
-            NotFinite: the loss or its gradient is; the state is that before the bad step.
+            NotFinite: the loss, its gradient or the update is; nothing saved is lost.
             UserError: a device's memory is exhausted.
         """
         before = time.monotonic()
@@ -365,7 +365,8 @@ class Trainer:
                 keys.append("config.train.float_learning_rate")
             step = int(host["bad_step"])
             raise NotFinite(
-                f"the loss or its gradient is not finite in step {step + 1} of epoch {epoch + 1}",
+                f"the loss, its gradient or the update is not finite in step {step + 1} of "
+                f"epoch {epoch + 1}",
                 explained(lambda: self._bad_layer(epoch, step)),
                 f"Try a smaller {' or '.join(keys)} in a new workdir",
             )
@@ -388,16 +389,16 @@ class Trainer:
         """Run a bad step again from the state before it, and say which layer makes it so."""
         start = self.host_state()
 
-        def repeat(name: str, settings: StepSettings, step: BatchStep) -> tuple[Any, Any]:
+        def repeat(settings: StepSettings, step: BatchStep) -> tuple[Any, Any]:
             state = replicate(start)
             program = self._feed.program(
-                self._compiled, ("diagnosis", name), settings, step, state, once
+                self._compiled, ("diagnosis", "watched"), settings, step, state, once
             )
             state, found = self._feed.train(program, state, self._call(epoch, number, 1))
             return to_host(state), found
 
         settings = self._step_settings(self.real_weights(epoch))
-        return bad_layer(settings, self._optimizer, self._parent_optimizer, repeat)
+        return bad_layer(settings, start, repeat)
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of a step."""

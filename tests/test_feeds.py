@@ -129,7 +129,8 @@ def test_the_old_state_of_a_streamed_step_is_donated(config):
 
 def test_batches_are_divided_among_the_devices_in_order(config):
     _, feed = trainer_of(config)
-    images, labels = next(feed._training_batches(0, 0))
+    (images, labels), failed = next(feed._training_batches(0, 0))
+    assert failed is None
     devices = jax.local_device_count()
     assert images.shape == (devices, BATCH // devices, SIZE, SIZE, 3)
     assert images.dtype == np.uint8

@@ -312,6 +312,7 @@ class FakeProgram:
         devices = len(call.num_steps)
         if "train" in self.made_with:
             sums = {"loss": [float(take["num_steps"])], "correct": [0], "stop": [0]}
+            sums["bad_step"] = [-1]
             return first, {name: OnDevices(np.repeat(v, devices)) for name, v in sums.items()}
         return OnDevices(np.repeat(5, devices))
 

@@ -122,11 +122,7 @@ def open_split(prepared: PreparedSet, split: str) -> Any:
     """
     from array_record.python import array_record_data_source
 
-    if split not in prepared.splits:
-        raise UserError(
-            f"the data set in {prepared.directory} has no split {split!r}; "
-            f"it has {', '.join(prepared.splits)}"
-        )
+    require_split(prepared, split)
     try:
         files = prepared.builder.info.splits[split].file_instructions
         allow_open_files(len(files))
@@ -141,8 +137,26 @@ def open_split(prepared: PreparedSet, split: str) -> Any:
     return source
 
 
+def require_split(prepared: PreparedSet, split: str) -> None:
+    """See that a set has a split.
+
+    Raises:
+        UserError: it has not.
+    """
+    if split not in prepared.splits:
+        raise UserError(
+            f"the data set in {prepared.directory} has no split {split!r}; "
+            f"it has {', '.join(prepared.splits)}"
+        )
+
+
 def split_files(prepared: PreparedSet, split: str) -> tuple[tuple[str, int, int], ...]:
-    """Return (name, records left out at the start, records used) of each file of a split."""
+    """Return (name, records left out at the start, records used) of each file of a split.
+
+    Raises:
+        UserError: no such split.
+    """
+    require_split(prepared, split)
     files = prepared.builder.info.splits[split].file_instructions
     return tuple((Path(file.filename).name, file.skip, file.take) for file in files)
 

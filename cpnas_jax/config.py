@@ -132,6 +132,7 @@ def base_config() -> config_dict.ConfigDict:
     # V > 0: every batch in V shards, added up in their order, for the same bits on any number of
     # devices that divides V; a shard has its own BN statistics. 0: as fast as it goes.
     runtime.deterministic = 0
+    runtime.stall_seconds = 600.0  # without a step, until it is told what is waited for; 0: never
     runtime.compilation_cache = True  # keep compiled programs in ~/.cache/cpnas_jax between runs
     return config.lock()
 
@@ -232,6 +233,7 @@ _INDIFFERENT = (
     "runtime.steps_per_call",
     "runtime.keep_checkpoints",
     "runtime.checkpoint_every",
+    "runtime.stall_seconds",
     "evaluate.checkpoint",
     "evaluate.batch_size",
     "runtime.compilation_cache",

@@ -120,6 +120,7 @@ RULES = {
     "evaluate.checkpoint": _one_of(("last", "best")),
     "evaluate.batch_size": _integer(1),
     "runtime.checkpoint_every": _integer(0),
+    "runtime.stall_seconds": _number(0),
     "search.strategy": _one_of(STRATEGIES),
     # Beyond, float32 alpha could not be checked against eq. 4.16 with any sense.
     "search.beta_p": _number(-100, 100),

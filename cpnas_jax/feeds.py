@@ -8,7 +8,6 @@ feed has no state that a checkpoint would have to hold.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Generator
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from cpnas_jax.data.datasets import Split, channel_statistics, limit_examples, l
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.stream import Stream, open_stream, placed_ahead
 from cpnas_jax.models.network import NetworkSettings
-from cpnas_jax.runtime import processes
+from cpnas_jax.runtime import processes, stall
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.parallel import (
     pmap_donated,
@@ -149,7 +148,8 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
         UserError: see the errors of the data; a stream without `dataset.image_size`.
     """
     # The first process may have to prepare what the others read.
-    return processes.first_before_others(lambda: _opened(config))
+    with stall.waiting("the data to be opened"):
+        return processes.first_before_others(lambda: _opened(config))
 
 
 def _opened(config: config_dict.ConfigDict) -> Feed:
@@ -323,7 +323,8 @@ class StreamFeed:
 
     def place(self) -> None:
         """Estimate the channels' statistics; images follow batch by batch."""
-        mean, std = processes.together(self._streams[0].channel_statistics)
+        with stall.waiting("the channels' statistics"):
+            mean, std = processes.together(self._streams[0].channel_statistics)
         self._statistics = replicate(mean), replicate(std)
 
     def program(
@@ -398,7 +399,8 @@ class StreamFeed:
         # From step to step on the devices: looking at it here would hold up what follows.
         bad = replicate(_NONE)
         for step in range(first, first + count):
-            (images, labels), failed = next(batches)
+            with stall.waiting(f"the batch of step {step + 1} from the reader"):
+                (images, labels), failed = next(batches)
             number = dataclasses.replace(
                 call,
                 first_step=np.asarray(step, np.int32),
@@ -450,8 +452,9 @@ class StreamFeed:
         failed: Exception | None = None
         nothing = (blank.images, blank.labels, np.zeros(blank.labels.shape, np.float32))
         with contextlib.closing(_lasting(placed_ahead(batches, DEPTH), nothing)) as read:
-            for (images, labels, mask), error in itertools.islice(read, num_batches):
-                failed = error
+            for number in range(num_batches):
+                with stall.waiting(f"batch {number + 1} of {num_batches} to evaluate"):
+                    (images, labels, mask), failed = next(read)
                 examples = Examples(images, labels, *self._statistics)
                 counts.append(to_host(program(variables, examples, mask, passes)))
         processes.share_error(failed)

@@ -22,7 +22,7 @@ from cpnas_jax.data.datasets import limit_examples, load_split, train_validation
 from cpnas_jax.data.undecodable import tell_skipped
 from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.path_optimizer import CHILD, PARENT
-from cpnas_jax.runtime import environment, processes
+from cpnas_jax.runtime import environment, processes, stall
 from cpnas_jax.runtime.checkpoints import Checkpoints, holds_checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.errors import UserError
@@ -68,15 +68,17 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
 
     dataset = config.dataset
     # The first process may have to prepare what the others read.
-    split = processes.first_before_others(
-        lambda: load_split(
-            dataset.name,
-            "train",
-            dataset.data_dir or None,
-            dataset.image_size or None,
-            dataset.max_undecodable,
+    with stall.waiting("the data to be read"):
+        split = processes.first_before_others(
+            lambda: load_split(
+                dataset.name,
+                "train",
+                dataset.data_dir or None,
+                dataset.image_size or None,
+                dataset.max_undecodable,
+            )
         )
-    )
+    processes.require_agreement("reading the data", undecodable=split.undecodable)
     skipped = len(split.undecodable)
     tell_skipped(reporter, {"train": skipped})
     split = limit_examples(split, config.search.examples, config.seed, "search.examples")
@@ -280,6 +282,7 @@ class _Run:
         )
         while sums.steps < networks.steps_per_epoch:
             before = time.monotonic()
+            stall.at(f"search {self._where()}")
             try:
                 stop = networks.train(model, architecture, epoch, sums)
             except NotFinite as error:

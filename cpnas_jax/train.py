@@ -13,7 +13,7 @@ from cpnas_jax.data.undecodable import tell_skipped
 from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.evaluate import Evaluation
 from cpnas_jax.feeds import Facts, Feed, open_feed
-from cpnas_jax.runtime import environment, processes
+from cpnas_jax.runtime import environment, processes, stall
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.interruptions import Stopped, noted
@@ -202,6 +202,7 @@ class _Run:
             since = position.step % every
             left = self.config.runtime.steps_per_call - since % self.config.runtime.steps_per_call
             count = min(left, every - since, steps - position.step)
+            stall.at(f"{self.name} {self._where()}")
             try:
                 stop = self.trainer.train(position.epoch, position.step, count, self.sums)
             except NotFinite as error:
@@ -210,13 +211,17 @@ class _Run:
             if stop:
                 self._save()
                 self.last.wait()
-                raise Stopped(
-                    f"in epoch {position.epoch + 1} of {self.config.train.epochs}, after step "
-                    f"{position.step} of {steps}"
-                )
+                raise Stopped(self._where())
             if position.step % every == 0 and position.step < steps:
                 self._save()
         self._end_epoch()
+
+    def _where(self) -> str:
+        """Say where the training is."""
+        return (
+            f"in epoch {self.position.epoch + 1} of {self.config.train.epochs}, after step "
+            f"{self.position.step} of {self.trainer.steps_per_epoch}"
+        )
 
     def _end_epoch(self) -> None:
         position, config = self.position, self.config

@@ -189,6 +189,7 @@ INDIFFERENT = {
     "runtime.steps_per_call",
     "runtime.keep_checkpoints",
     "runtime.checkpoint_every",
+    "runtime.stall_seconds",
     "runtime.compilation_cache",
 }
 OF_SEARCH = {k for k in configs.RULED_KEYS if "search." in k}

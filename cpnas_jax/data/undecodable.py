@@ -91,7 +91,7 @@ class Undecodable:
         Raises:
             UserError: they are too many, in every process alike.
         """
-        known = processes.union(self._rows)
+        known = processes.union(self._rows, f"which examples of split {self._split!r} they skipped")
         processes.together(lambda: self.take_in(known))
         return self.rows
 

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from cpnas_jax.runtime import processes
+from cpnas_jax.runtime import processes, stall
 from cpnas_jax.runtime.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -144,7 +144,8 @@ class Checkpoints:
         Raises:
             UserError: this save or the one before cannot be written.
         """
-        processes.first_alone(lambda: self._save(step, state, record))
+        with stall.waiting(f"checkpoint {step} to be saved in {self._directory}"):
+            processes.first_alone(lambda: self._save(step, state, record))
 
     def _save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         host = jax.tree.map(np.asarray, state)
@@ -217,7 +218,8 @@ class Checkpoints:
                 return None
             return newest.step, jax.tree.leaves(newest.state), newest.record
 
-        found = processes.from_first(told)
+        with stall.waiting(f"a checkpoint to be read from {self._directory}"):
+            found = processes.from_first(told)
         if found is None:
             return None
         step, leaves, record = found
@@ -349,7 +351,8 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written.
         """
-        processes.first_alone(self._wait)
+        with stall.waiting(f"the last save in {self._directory}"):
+            processes.first_alone(self._wait)
 
     def _wait(self) -> None:
         with self._writing():
@@ -361,7 +364,8 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written.
         """
-        processes.first_alone(self._close)
+        with stall.waiting(f"the last save in {self._directory}"):
+            processes.first_alone(self._close)
 
     def _close(self) -> None:
         try:

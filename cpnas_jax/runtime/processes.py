@@ -20,6 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
+from cpnas_jax.runtime import stall
 from cpnas_jax.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -137,10 +138,12 @@ def from_first(function: Callable[[], T]) -> T:
             outcome = (None, error)
         finally:
             _first_calls = False
-        _tell(pickle.dumps(outcome))
+        with stall.waiting("the other processes"):
+            _tell(pickle.dumps(outcome))
         result, raised = outcome
     else:
-        result, raised = pickle.loads(_tell(b""))
+        with stall.waiting("process 0"):
+            result, raised = pickle.loads(_tell(b""))
     if raised is not None:
         raise _everywhere(raised)
     return result
@@ -190,7 +193,7 @@ def share_error(error: Exception | None) -> None:
         if error is not None:
             raise error
         return
-    failed = np.asarray(multihost_utils.process_allgather(np.asarray(error is not None)))
+    failed = _gathered("whether all could go on", np.asarray(error is not None))
     if not failed.any():
         return
     source = int(np.argmax(failed))
@@ -225,7 +228,8 @@ def meet(place: str) -> None:
     CPUs that is used for the first time waits for 30 seconds only.
     """
     if several():
-        multihost.sync_global_processes(place, timeout=3600)
+        with stall.waiting(f"the other processes at {place!r}"):
+            multihost.sync_global_processes(place, timeout=3600)
 
 
 def require_agreement(when: str, **values: Any) -> None:
@@ -241,7 +245,7 @@ def require_agreement(when: str, **values: Any) -> None:
     if not several():
         return
     digests = np.stack([_digest(value) for value in values.values()])
-    gathered = np.asarray(multihost_utils.process_allgather(digests))
+    gathered = _gathered(f"what they have at {when}", digests)
     for number, name in enumerate(values):
         others = [
             str(process)
@@ -262,20 +266,31 @@ def any_process(flag: bool) -> bool:
     """Tell whether a flag is set in any process; to be called by all."""
     if not several():
         return flag
-    return bool(np.asarray(multihost_utils.process_allgather(np.asarray(flag))).any())
+    return bool(_gathered("whether they go on", np.asarray(flag)).any())
 
 
-def union(numbers: Iterable[int]) -> set[int]:
-    """Return the numbers, from 0 to 2**31 - 1, that any process gives; to be called by all."""
+def _gathered(what: str, own: np.ndarray) -> np.ndarray:
+    """Return arrays of one shape from all processes, stacked."""
+    with stall.waiting(f"the other processes to say {what}"):
+        return np.asarray(multihost_utils.process_allgather(own))
+
+
+def union(numbers: Iterable[int], what: str) -> set[int]:
+    """Return the numbers, from 0 to 2**31 - 1, that any process gives; to be called by all.
+
+    Args:
+        numbers: of this process.
+        what: they are, for who waits for them.
+    """
     own = set(numbers)
     if not several():
         return own
-    longest = int(np.max(multihost_utils.process_allgather(np.asarray(len(own), np.int32))))
+    longest = int(np.max(_gathered(what, np.asarray(len(own), np.int32))))
     if not longest:
         return own
     padded = np.full(longest, -1, np.int32)
     padded[: len(own)] = sorted(own)
-    return set(np.unique(multihost_utils.process_allgather(padded)).tolist()) - {-1}
+    return set(np.unique(_gathered(what, padded)).tolist()) - {-1}
 
 
 def _digest(value: Any) -> np.ndarray:
@@ -311,7 +326,7 @@ def require_shared(directory: epath.Path) -> None:
         sees = (directory / token).exists()
     except OSError:
         sees = False
-    seen = np.asarray(multihost_utils.process_allgather(np.asarray(sees)))
+    seen = _gathered("whether they see the workdir", np.asarray(sees))
     first_alone((directory / token).unlink)
     if not seen.all():
         blind = ", ".join(str(process) for process in np.flatnonzero(~seen))

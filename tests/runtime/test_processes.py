@@ -58,7 +58,7 @@ found["each"] = refusal(lambda: processes.together(mistake))
 found["after the first"] = refusal(lambda: processes.first_before_others(in_the_second))
 found["none"] = [processes.together(lambda: index), processes.first_before_others(lambda: index)]
 own_numbers = [[{7, 20, 3}, {20}], [set(), set()], [set(), {2**31 - 1, 0}]]
-found["union"] = [sorted(processes.union(numbers[index])) for numbers in own_numbers]
+found["union"] = [sorted(processes.union(numbers[index], "theirs")) for numbers in own_numbers]
 found["any"] = [processes.any_process(index == 1), processes.any_process(False)]
 same = {"a": np.arange(3), "b": {"c": 1.5, "d": [True, None]}}
 found["agreement"] = refusal(lambda: processes.require_agreement("now", **same))
@@ -142,7 +142,7 @@ def test_alone_a_process_just_calls(tmp_path):
     assert processes.from_first(lambda: 3) == 3
     assert processes.first_before_others(lambda: 4) == 4
     assert processes.together(lambda: 5) == 5
-    assert processes.union([3, 1, 3]) == {1, 3}
+    assert processes.union([3, 1, 3], "theirs") == {1, 3}
     processes.share_error(None)
     for raising in (lambda: processes.together(refuse), lambda: processes.share_error(OSError())):
         with pytest.raises((UserError, OSError)):

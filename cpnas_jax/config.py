@@ -42,6 +42,7 @@ def base_config() -> config_dict.ConfigDict:
     dataset.image_size = 0  # resize to this many pixels a side; 0 keeps the stored size
     dataset.stream = False  # decode while training, for sets that memory does not hold
     dataset.workers = 0  # processes that decode a stream; 0 uses threads
+    dataset.max_undecodable = 0  # damaged examples of a split that are skipped before a stop [ours]
     dataset.crop_padding = 4  # black border of the random crop [kin]
     dataset.flip = True  # random horizontal flip [kin]
     dataset.cutout = 16  # side of the square cut out in final training [kin]; 0 cuts nothing
@@ -135,6 +136,7 @@ def base_config() -> config_dict.ConfigDict:
     # V > 0: every batch in V shards, added up in their order, for the same bits on any number of
     # devices that divides V; a shard has its own BN statistics. 0: as fast as it goes.
     runtime.deterministic = 0
+    runtime.stall_seconds = 600.0  # without a step, until it is told what is waited for; 0: never
     runtime.compilation_cache = True  # keep compiled programs in ~/.cache/cpnas_jax between runs
     return config.lock()
 
@@ -232,9 +234,12 @@ _INDIFFERENT = (
     "network.precision",
     "dataset.data_dir",
     "dataset.workers",
+    # What is skipped depends on the data alone; the limit says whether the run goes on.
+    "dataset.max_undecodable",
     "runtime.steps_per_call",
     "runtime.keep_checkpoints",
     "runtime.checkpoint_every",
+    "runtime.stall_seconds",
     "evaluate.checkpoint",
     "evaluate.batch_size",
     "runtime.compilation_cache",

@@ -78,6 +78,7 @@ RULES = {
     "dataset.image_size": _integer(0, 1024),
     "dataset.stream": _boolean(),
     "dataset.workers": _integer(0, 256),
+    "dataset.max_undecodable": _integer(0),
     "dataset.color_jitter": _number(0, 1),
     "dataset.crop_area": _number(0, 1, open_low=True),
     "dataset.central_crop": _number(0, 1, open_low=True),
@@ -120,6 +121,7 @@ RULES = {
     "evaluate.checkpoint": _one_of(("last", "best")),
     "evaluate.batch_size": _integer(1),
     "runtime.checkpoint_every": _integer(0),
+    "runtime.stall_seconds": _number(0),
     "search.strategy": _one_of(STRATEGIES),
     "search.parallel": _one_of(PARALLEL),
     # Beyond, float32 alpha could not be checked against eq. 4.16 with any sense.

@@ -157,8 +157,8 @@ def make_batch_evaluation_call(
     return batch_call
 
 
-def evaluation(counts: dict[str, np.ndarray], num_examples: int) -> Evaluation:
-    """Turn the counts of a call into shares.
+def evaluation(counts: dict[str, np.ndarray]) -> Evaluation:
+    """Turn the counts of a call into shares of the examples that it counted.
 
     Raises:
         UserError: the network's answers are not finite.
@@ -169,6 +169,7 @@ def evaluation(counts: dict[str, np.ndarray], num_examples: int) -> Evaluation:
             "learning rate in a new workdir"
         )
     confusion = np.asarray(counts["confusion"])
+    num_examples = int(confusion.sum())
     classes = len(confusion)
     return Evaluation(
         examples=num_examples,

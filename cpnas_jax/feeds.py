@@ -5,6 +5,7 @@ not its business. Order and augmentation are functions of (seed, epoch, step) in
 feed has no state that a checkpoint would have to hold.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,7 +21,7 @@ from cpnas_jax.data.datasets import Split, channel_statistics, limit_examples, l
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.stream import Stream, open_stream, placed_ahead
 from cpnas_jax.models.network import NetworkSettings
-from cpnas_jax.runtime import processes
+from cpnas_jax.runtime import processes, stall
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.parallel import (
     pmap_donated,
@@ -29,7 +30,9 @@ from cpnas_jax.runtime.parallel import (
     to_host,
 )
 from cpnas_jax.runtime.shards import Shards
+from cpnas_jax.steps import Run, steps_until_bad
 from cpnas_jax.train_step import (
+    FAILED,
     BatchStep,
     StepSettings,
     TrainCall,
@@ -41,8 +44,9 @@ from cpnas_jax.train_step import (
 Compiled = Callable[..., Any]
 """(name, make, *arguments) -> the compiled program of what `make()` returns, made once a name."""
 
-Batches = Generator[tuple[jax.Array, ...], None, None]
-"""Arrays of a batch, divided among the local devices."""
+Batches = Generator[tuple[tuple[Any, ...], Exception | None], None, None]
+"""Arrays of a batch, divided among the local devices; and what came instead of it, see `_lasting`.
+"""
 
 DEPTH = 2
 """Batches that are on the devices before they are asked for."""
@@ -57,6 +61,9 @@ _CALL = TrainCall(
     key=np.zeros(2, np.uint32),
 )
 """What a call looks like, to compile for it."""
+
+_NONE = np.full((), -1, np.int32)
+"""No step is bad."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +102,15 @@ class Feed(Protocol):
         """Put on the devices what lives there."""
 
     def program(
-        self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
+        self,
+        compiled: Compiled,
+        name: Any,
+        settings: StepSettings,
+        step: BatchStep,
+        state: Any,
+        run: Run = steps_until_bad,
     ) -> Any:
-        """Return the compiled training program."""
+        """Return the compiled training program, of which `run` runs the steps."""
 
     def train(self, program: Any, state: Any, call: TrainCall) -> tuple[Any, dict[str, Any]]:
         """Run the steps of a call; return the new state and the metrics' sums on the host."""
@@ -110,6 +123,20 @@ class Feed(Protocol):
     def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
         """Return the counts of `evaluate.evaluation` over the whole test split."""
 
+    def undecodable(self) -> dict[str, list[int]]:
+        """Return split -> examples that were skipped; every process must call it.
+
+        Raises:
+            UserError: they are too many.
+        """
+
+    def met_before(self, undecodable: dict[str, list[int]]) -> None:
+        """Count examples, as `undecodable` gives them, that were skipped before a resumption.
+
+        Raises:
+            UserError: they are too many.
+        """
+
     def close(self) -> None:
         """End what reads ahead."""
 
@@ -121,7 +148,8 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
         UserError: see the errors of the data; a stream without `dataset.image_size`.
     """
     # The first process may have to prepare what the others read.
-    return processes.first_before_others(lambda: _opened(config))
+    with stall.waiting("the data to be opened"):
+        return processes.first_before_others(lambda: _opened(config))
 
 
 def _opened(config: config_dict.ConfigDict) -> Feed:
@@ -133,7 +161,7 @@ def _opened(config: config_dict.ConfigDict) -> Feed:
                 "config.dataset.image_size is 0; with config.dataset.stream it must be the side "
                 "of the network's images, such as 224"
             )
-        options = (dataset.data_dir or None, dataset.image_size)
+        options = (dataset.data_dir or None, dataset.image_size, dataset.max_undecodable)
         streams = [
             open_stream(dataset.name, name, *options).limited(config[part].examples, key)
             for name, part, key in (
@@ -142,11 +170,12 @@ def _opened(config: config_dict.ConfigDict) -> Feed:
             )
         ]
         return StreamFeed(streams[0], streams[1], config, shards)
-    options = (dataset.data_dir or None, dataset.image_size or None)
+    options = (dataset.data_dir or None, dataset.image_size or None, dataset.max_undecodable)
     train, test = (load_split(dataset.name, name, *options) for name in ("train", split))
     return ResidentFeed(
         limit_examples(train, config.train.examples, config.seed, "train.examples"),
         limit_examples(test, config.evaluate.examples, config.seed, "evaluate.examples"),
+        split,
         shards,
     )
 
@@ -155,10 +184,30 @@ def _passes(shards: Shards) -> jax.Array:
     return replicate(np.asarray(shards.passes, np.int32))
 
 
+def _lasting(batches: Generator[tuple[Any, ...], None, None], blank: tuple[Any, ...]) -> Batches:
+    """Give batches with None, and blank ones with the error after one that cannot be read.
+
+    The other processes are on their way to the same step, and cannot be told before it. A process
+    without others raises the error at once.
+    """
+    with contextlib.closing(batches):
+        try:
+            for batch in batches:
+                yield batch, None
+        except Exception as error:
+            if not processes.several():
+                raise
+            failed = error
+        else:
+            return
+    while True:
+        yield blank, failed
+
+
 class ResidentFeed:
     """Both splits as uint8 in the memory of every device; many steps run in one call."""
 
-    def __init__(self, train: Split, test: Split, shards: Shards) -> None:
+    def __init__(self, train: Split, test: Split, test_name: str, shards: Shards) -> None:
         height, width, channels = train.images.shape[1:]
         if test.images.shape[1:] != train.images.shape[1:]:
             sizes = ["x".join(map(str, split.images.shape[1:])) for split in (train, test)]
@@ -173,7 +222,8 @@ class ResidentFeed:
             len(test.labels),
             train.class_names,
         )
-        self._splits, self._shards = (train, test), shards
+        self._splits, self._names = (train, test), ("train", test_name)
+        self._shards = shards
         self._train: Examples
         self._test: Examples
 
@@ -183,18 +233,25 @@ class ResidentFeed:
 
     def place(self) -> None:
         """Put both splits on every device."""
+        processes.require_agreement("reading the data", undecodable=self.undecodable())
         mean, std = channel_statistics(self._splits[0].images)
         self._train, self._test = (
             replicate(Examples(split.images, split.labels, mean, std)) for split in self._splits
         )
 
     def program(
-        self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
+        self,
+        compiled: Compiled,
+        name: Any,
+        settings: StepSettings,
+        step: BatchStep,
+        state: Any,
+        run: Run = steps_until_bad,
     ) -> Any:
         """Return the compiled program of any number of steps."""
         return compiled(
             name,
-            lambda: pmap_donated(make_resident_call(settings, step)),
+            lambda: pmap_donated(make_resident_call(settings, step, run)),
             state,
             self._train,
             replicate(_CALL),
@@ -228,6 +285,14 @@ class ResidentFeed:
         del batch_size
         return to_host(program(variables, self._test, _passes(self._shards)))
 
+    def undecodable(self) -> dict[str, list[int]]:
+        """Return split -> examples that were left out when it was loaded."""
+        pairs = zip(self._names, self._splits, strict=True)
+        return {name: list(split.undecodable) for name, split in pairs}
+
+    def met_before(self, undecodable: dict[str, list[int]]) -> None:
+        """The same were left out again."""
+
     def close(self) -> None:
         """Nothing reads ahead here."""
 
@@ -258,19 +323,27 @@ class StreamFeed:
 
     def place(self) -> None:
         """Estimate the channels' statistics; images follow batch by batch."""
-        mean, std = self._streams[0].channel_statistics()
+        with stall.waiting("the channels' statistics"):
+            mean, std = processes.together(self._streams[0].channel_statistics)
         self._statistics = replicate(mean), replicate(std)
 
     def program(
-        self, compiled: Compiled, name: Any, settings: StepSettings, step: BatchStep, state: Any
+        self,
+        compiled: Compiled,
+        name: Any,
+        settings: StepSettings,
+        step: BatchStep,
+        state: Any,
+        run: Run = steps_until_bad,
     ) -> Any:
         """Return the compiled program of one step."""
         return compiled(
             name,
-            lambda: pmap_donated(make_stream_call(settings, step)),
+            lambda: pmap_donated(make_stream_call(settings, step, run)),
             state,
             self._blank(settings.batch_size),
             replicate(_CALL),
+            replicate(_NONE),
         )
 
     def _blank(self, batch_size: int) -> Examples:
@@ -294,8 +367,21 @@ class StreamFeed:
                 area=(dataset.crop_area, 1.0),
                 workers=dataset.workers,
             )
-            self._batches = placed_ahead(found, DEPTH)
+            blank = self._blank(self._config.train.batch_size)
+            self._batches = _lasting(placed_ahead(found, DEPTH), (blank.images, blank.labels))
         return self._batches
+
+    def undecodable(self) -> dict[str, list[int]]:
+        """Return split -> examples that were met and skipped so far, in any process."""
+        found: dict[str, set[int]] = {}
+        for stream in self._streams:
+            found.setdefault(stream.split, set()).update(stream.undecodable.shared_rows())
+        return {name: sorted(rows) for name, rows in found.items()}
+
+    def met_before(self, undecodable: dict[str, list[int]]) -> None:
+        """Count examples that were skipped before a resumption."""
+        for stream in self._streams:
+            stream.undecodable.take_in(undecodable.get(stream.split, ()))
 
     def close(self) -> None:
         """End what reads ahead."""
@@ -310,11 +396,19 @@ class StreamFeed:
         epoch, first, count = (int(n) for n in (call.epoch, call.first_step, call.num_steps))
         batches = self._training_batches(epoch, first)
         found = []
+        # From step to step on the devices: looking at it here would hold up what follows.
+        bad = replicate(_NONE)
         for step in range(first, first + count):
-            images, labels = next(batches)
-            number = dataclasses.replace(call, first_step=np.asarray(step, np.int32))
+            with stall.waiting(f"the batch of step {step + 1} from the reader"):
+                (images, labels), failed = next(batches)
+            number = dataclasses.replace(
+                call,
+                first_step=np.asarray(step, np.int32),
+                stop=np.asarray(FAILED, np.int32) if failed else call.stop,
+            )
             batch = Examples(images, labels, *self._statistics)
-            state, metrics = program(state, batch, replicate(number))
+            state, metrics = program(state, batch, replicate(number), bad)
+            bad = metrics["bad_step"]
             found.append(metrics)
             if jax.default_backend() == "cpu":
                 # Queued collectives of several CPU devices can wait for each other for ever.
@@ -322,6 +416,8 @@ class StreamFeed:
         whole_epoch = first + count == self.facts.num_train // self._config.train.batch_size
         self._next = (epoch + 1, 0) if whole_epoch else (epoch, first + count)
         hosts = [to_host(metrics) for metrics in found]
+        if any(host["stop"] == FAILED for host in hosts):
+            processes.share_error(failed)
         sums = {name: sum(float(host[name]) for host in hosts) for name in hosts[0]}
         bad = [int(host["bad_step"]) for host in hosts if host["bad_step"] >= 0]
         return state, {**sums, "bad_step": min(bad, default=-1)}
@@ -342,6 +438,8 @@ class StreamFeed:
 
     def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
         """Count the answers over the test split, batch by batch."""
+        num_batches = -(-self.facts.num_test // batch_size)
+        blank = self._blank(batch_size)
         batches = self._streams[1].evaluation_batches(
             batch_size=batch_size,
             process_index=jax.process_index(),
@@ -351,7 +449,13 @@ class StreamFeed:
         )
         counts: list[dict[str, np.ndarray]] = []
         passes = _passes(self._shards)
-        for images, labels, mask in placed_ahead(batches, DEPTH):
-            examples = Examples(images, labels, *self._statistics)
-            counts.append(to_host(program(variables, examples, mask, passes)))
+        failed: Exception | None = None
+        nothing = (blank.images, blank.labels, np.zeros(blank.labels.shape, np.float32))
+        with contextlib.closing(_lasting(placed_ahead(batches, DEPTH), nothing)) as read:
+            for number in range(num_batches):
+                with stall.waiting(f"batch {number + 1} of {num_batches} to evaluate"):
+                    (images, labels, mask), failed = next(read)
+                examples = Examples(images, labels, *self._statistics)
+                counts.append(to_host(program(variables, examples, mask, passes)))
+        processes.share_error(failed)
         return functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), counts)

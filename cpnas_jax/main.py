@@ -34,7 +34,7 @@ from ml_collections import config_dict, config_flags
 from cpnas_jax import config as configs
 from cpnas_jax.modes import evaluate_mode, summary_mode
 from cpnas_jax.pipeline import pipeline
-from cpnas_jax.runtime import environment, interruptions, processes
+from cpnas_jax.runtime import environment, interruptions, processes, stall
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.ending import exit_status
 from cpnas_jax.runtime.errors import UserError
@@ -108,7 +108,8 @@ def _run_mode(config: config_dict.ConfigDict, workdir: str) -> None:
     )
     if config.runtime.compilation_cache:
         environment.cache_compiled_programs()
-    with Reporter(quiet=not processes.is_first()) as reporter:
+    watched = stall.watched(config.runtime.stall_seconds, processes.name())
+    with watched, Reporter(quiet=not processes.is_first()) as reporter:
         _MODES[config.mode](config, workdir, reporter)
 
 

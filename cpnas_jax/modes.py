@@ -9,6 +9,7 @@ from ml_collections import config_dict
 from cpnas_jax import evaluate as evaluation
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.data.datasets import describe
+from cpnas_jax.data.undecodable import tell_skipped
 from cpnas_jax.feeds import Feed, open_feed
 from cpnas_jax.models.summary import Summary, summarise, table
 from cpnas_jax.runtime.checkpoints import Checkpoints, holds_checkpoints
@@ -171,13 +172,14 @@ def evaluate_network(
     trainer.compile_evaluation(epoch)
     reporter.say(trainer.compiled_text("evaluate"))
     counted = trainer.evaluate(epoch)
-    names = feed.facts.class_names
+    names, skipped = feed.facts.class_names, trainer.undecodable()
     value: dict[str, Any] = {
         "split": config.evaluate.split,
         "checkpoint": config.evaluate.checkpoint,
         "precision": trainer.precision,
         "epoch": position["epoch"],
         "class_names": list(names),
+        "undecodable": len(skipped[config.evaluate.split]),
         **counted.to_dict(),
     }
     directory.write_json(f"{name}/evaluation.json", value)
@@ -186,3 +188,4 @@ def evaluate_network(
         f"{config.evaluate.checkpoint} checkpoint, after epoch {position['epoch']}{steps}, on the "
         f"split {config.evaluate.split}, {evaluation.table(counted, names)}"
     )
+    tell_skipped(reporter, {config.evaluate.split: value["undecodable"]})

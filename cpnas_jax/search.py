@@ -19,8 +19,10 @@ from cpnas_jax.architecture.indicator import child_parent_score, drop_worst, ind
 from cpnas_jax.architecture.sampling import LAST_STAGE, num_sampled_epochs, stage_permutations
 from cpnas_jax.config import config_hash, deciding_keys, flatten
 from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
+from cpnas_jax.data.undecodable import tell_skipped
+from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.path_optimizer import CHILD, PARENT
-from cpnas_jax.runtime import environment, processes
+from cpnas_jax.runtime import environment, processes, stall
 from cpnas_jax.runtime.checkpoints import Checkpoints, holds_checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.errors import UserError
@@ -66,11 +68,19 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
 
     dataset = config.dataset
     # The first process may have to prepare what the others read.
-    split = processes.first_before_others(
-        lambda: load_split(
-            dataset.name, "train", dataset.data_dir or None, dataset.image_size or None
+    with stall.waiting("the data to be read"):
+        split = processes.first_before_others(
+            lambda: load_split(
+                dataset.name,
+                "train",
+                dataset.data_dir or None,
+                dataset.image_size or None,
+                dataset.max_undecodable,
+            )
         )
-    )
+    processes.require_agreement("reading the data", undecodable=split.undecodable)
+    skipped = len(split.undecodable)
+    tell_skipped(reporter, {"train": skipped})
     split = limit_examples(split, config.search.examples, config.seed, "search.examples")
     fraction = config.search.validation_fraction
     train, validation = train_validation_parts(split, fraction, config.seed)
@@ -85,7 +95,13 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         run.resume_or_start()
         run.go_on()
     return finish(
-        config, directory, reporter, run.history, run.progress.survivors, dataset=train.name
+        config,
+        directory,
+        reporter,
+        run.history,
+        run.progress.survivors,
+        dataset=train.name,
+        skipped=skipped,
     )
 
 
@@ -144,6 +160,7 @@ class _Run:
         self.config, self.networks, self.directory = config, networks, directory
         self.checkpoints, self.reporter, self.total = checkpoints, reporter, total
         self.progress = Progress.start(tuple(config.search.operations))
+        self.held: dict[int, str] = {}
         self.history: History
         self.history_path = directory.path / "search" / "history.jsonl"
 
@@ -182,6 +199,7 @@ class _Run:
             )
             self._refuse_other_paths(found.record["paths"])
             self.history = History(self.history_path, found.record["history"])
+            self.held[found.step] = self._where()
             self.reporter.say(f"Resumed {self._where()}.")
         self.networks.load(states)
 
@@ -291,7 +309,11 @@ class _Run:
         )
         while sums.steps < networks.steps_per_epoch:
             before = time.monotonic()
-            stop = networks.train(model, architectures, epoch, sums)
+            stall.at(f"search {self._where()}")
+            try:
+                stop = networks.train(model, architectures, epoch, sums)
+            except NotFinite as error:
+                raise error.naming(self.checkpoints.last_good(self.held)) from error
             underway.seconds += time.monotonic() - before
             if stop:
                 self._save()
@@ -361,4 +383,6 @@ class _Run:
             "history": self.history.lines,
             "config_hash": config_hash(self.config),
         }
-        self.checkpoints.save(progress.number(self.networks.steps_per_epoch), state, record)
+        number = progress.number(self.networks.steps_per_epoch)
+        self.checkpoints.save(number, state, record)
+        self.held[number] = self._where()

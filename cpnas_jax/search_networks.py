@@ -1,7 +1,7 @@
 """The child and the parent supernet on the devices: their state, programs, training and scoring."""
 
 import dataclasses
-import math
+import functools
 import time
 from typing import Any
 
@@ -14,12 +14,13 @@ from cpnas_jax.config_rules import check_fits_images
 from cpnas_jax.data.datasets import Split, channel_statistics
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import weights_key
+from cpnas_jax.diagnosis import NotFinite, explained, once
 from cpnas_jax.models import supernet
 from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.path_optimizer import CHILD, PARENT, OptimizerSettings, PathOptimizer
-from cpnas_jax.runtime import environment
+from cpnas_jax.runtime import environment, processes
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import stop_wished
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
@@ -33,9 +34,11 @@ from cpnas_jax.runtime.parallel import (
     to_host,
 )
 from cpnas_jax.runtime.shards import Shards
+from cpnas_jax.search_diagnosis import bad_layer
 from cpnas_jax.search_step import (
     Call,
     ModelState,
+    PathLoss,
     StepSettings,
     make_score_call,
     make_train_call,
@@ -161,7 +164,7 @@ class Networks:
         )
         self._init = jax.jit(self._initial_model)
         self._check_memory()
-        step = StepSettings(
+        self._step = StepSettings(
             supernet=self._settings,
             batch_size=search.batch_size,
             shards=self._shards,
@@ -169,7 +172,7 @@ class Networks:
             flip=config.dataset.flip,
             steps_per_epoch=self.steps_per_epoch,
         )
-        self._train = pmap_donated(make_train_call(step, self._optimizer))
+        self._train = pmap_donated(make_train_call(self._step, self._optimizer))
         self._score = pmap_kept(
             make_score_call(
                 self._settings, len(validation.labels), search.score_batch_size, self._shards
@@ -283,7 +286,7 @@ class Networks:
             Whether the run was asked to stop, in any process.
 
         Raises:
-            UserError: the loss is not finite; nothing saved is lost.
+            NotFinite: the loss, its gradient or the update is; nothing saved is lost.
         """
         first = sums.steps
         # Calls end at the same steps wherever a run was interrupted.
@@ -299,16 +302,49 @@ class Networks:
         host = to_host(found)
         if self.first_step_seconds is None:
             self.first_step_seconds = time.monotonic() - self._started
-        if not math.isfinite(host["loss"]):
-            key = "child_learning_rate" if model == CHILD else "learning_rate"
-            raise UserError(
-                f"the loss of the {model} is {host['loss']} in steps {first} to "
-                f"{first + count - 1} of sampled epoch {epoch + 1}; the last checkpoint is "
-                f"kept. Try a smaller config.search.{key} in a new workdir"
-            )
+        if int(host["bad_step"]) >= 0:
+            raise self._not_finite(model, architectures, epoch, int(host["bad_step"]))
         sums.steps += count
         sums.loss += float(host["loss"])
         return bool(host["stop"])
+
+    def _not_finite(
+        self, model: str, architectures: np.ndarray, epoch: int, number: int
+    ) -> NotFinite:
+        """Run a bad step again from the state before it, and say which layer makes it so."""
+        start = to_host(self._states[model])
+
+        def of_architecture(position: int) -> str | None:
+            # Of several at the same time, one by one: the first group has it, the others nothing.
+            own = architectures[position : position + 1]
+            call = self._call(model, own, epoch + position, number, 1)
+
+            def repeat(optimizer: Any, loss_of: PathLoss) -> tuple[ModelState, dict[str, Any]]:
+                function = pmap_kept(make_train_call(self._step, optimizer, loss_of, once))
+                arguments = (replicate(start), self._examples["train"], call)
+                state, found = Program(function, arguments, self._compiler_options)(*arguments)
+                return to_host(state), to_host(found)
+
+            return bad_layer(self._settings, start, own[0], model == CHILD, repeat)
+
+        def first_bad_layer() -> str | None:
+            for position in range(len(architectures)):
+                layer = of_architecture(position)
+                if self.paths > 1:
+                    # The first group's devices alone have run it.
+                    layer = processes.from_first(functools.partial(str, layer or ""))
+                if layer:
+                    return layer
+            return None
+
+        layer = explained(first_bad_layer)
+        key = "child_learning_rate" if model == CHILD else "learning_rate"
+        return NotFinite(
+            f"the loss of the {model}, its gradient or the update is not finite in step "
+            f"{number + 1} of sampled epoch {epoch + 1}",
+            layer,
+            f"Try a smaller config.search.{key} in a new workdir",
+        )
 
     def score(self, model: str, architectures: np.ndarray) -> list[float]:
         """Return each architecture's accuracy over the whole validation part, in [0, 1].

@@ -27,6 +27,7 @@ def finish(
     survivors: np.ndarray,
     *,
     dataset: str,
+    skipped: int,
 ) -> Genotype:
     """Check the whole log, derive the genotype from it, and write the results.
 
@@ -37,6 +38,7 @@ def finish(
         history: of the whole search.
         survivors: bool[2, 14, 8], what the search itself kept.
         dataset: name of what was searched on.
+        skipped: training examples that cannot be decoded.
     """
     lines = history.lines
     checked = replay(
@@ -71,7 +73,7 @@ def finish(
         lambda: figures.draw_cells(genotype, path) + figures.draw_accuracies(lines, path)
     )
     reporter.say(figures.cell_tables(genotype))
-    _write_results(config, directory, derivation, lines)
+    _write_results(config, directory, derivation, lines, skipped)
     processes.first_alone(lambda: genotype.save(path / "genotype.json"))
     reporter.say(f"Wrote {path / 'genotype.json'} and {', '.join(p.name for p in drawings)}.")
     return genotype
@@ -82,6 +84,7 @@ def _write_results(
     directory: Workdir,
     derivation: Derivation,
     lines: list[dict[str, Any]],
+    skipped: int,
 ) -> None:
     samples = [line for line in lines if line["event"] == "sample"]
     timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
@@ -95,6 +98,7 @@ def _write_results(
         "operation_counts": derivation.genotype.operation_counts(),
         # Edges that are not as the search left them, such as those of a dead node.
         "restored": [str(restored) for restored in derivation.restored],
+        "undecodable": {"train": skipped},
         # Two runs took the same way exactly if these agree; durations are left out.
         "history_sha256": hashlib.sha256(json.dumps(timeless).encode()).hexdigest(),
         "config_hash": config_hash(config),

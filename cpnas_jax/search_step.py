@@ -27,9 +27,10 @@ from cpnas_jax.models import supernet
 from cpnas_jax.models.draws import position_draws
 from cpnas_jax.models.losses import cross_entropy
 from cpnas_jax.models.supernet import SupernetSettings
-from cpnas_jax.path_optimizer import PathOptimizer, merge_paths
+from cpnas_jax.path_optimizer import merge_paths
 from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.runtime.shards import Shards
+from cpnas_jax.steps import Run, all_finite, steps_until_bad, unless_bad
 
 
 @flax.struct.dataclass
@@ -95,15 +96,46 @@ class StepSettings:
     steps_per_epoch: int
 
 
+PathLoss = Callable[[supernet.Params, jax.Array, jax.Array, Call], tuple[jax.Array, Any]]
+"""(params, images, labels, call) -> mean loss, and what is summed over the devices."""
+
+
+def make_path_loss(settings: SupernetSettings) -> PathLoss:
+    """Return the loss of the sampled path, which also counts the `correct` answers."""
+
+    def loss_of(
+        params: supernet.Params, images: jax.Array, labels: jax.Array, call: Call
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = supernet.apply(
+            params, images, call.architecture, settings=settings, binary=call.binary
+        )
+        correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+        return cross_entropy(logits, labels), {"correct": correct}
+
+    return loss_of
+
+
 def make_train_call(
-    settings: StepSettings, optimizer: PathOptimizer
+    settings: StepSettings,
+    optimizer: Any,
+    loss_of: PathLoss | None = None,
+    run: Run = steps_until_bad,
 ) -> Callable[[ModelState, Examples, Call], tuple[ModelState, dict[str, jax.Array]]]:
     """Return the function of one device that runs several training steps; to be pmapped.
 
     It returns the new state and sums over the steps: `loss`, of the batches' means, averaged over
-    the paths, and `correct`, of the training examples of the device's path; and `stop`, whether
-    any process was asked to.
+    the paths, and `correct`, of the training examples of the device's path; `bad_step` (see
+    `steps.steps_until_bad`); and `stop`, whether any process was asked to.
+
+    Args:
+        settings: the static side.
+        optimizer: a `PathOptimizer`, or what is called like one.
+        loss_of: `make_path_loss`, or what a diagnosis puts in its place.
+        run: runs the steps.
     """
+    # A diagnosis wants to see what the update makes of a bad step.
+    diagnosed = loss_of is not None
+    loss_of = loss_of or make_path_loss(settings.supernet)
     size = settings.batch_size // settings.shards.count
     several = settings.shards.groups > 1
 
@@ -112,15 +144,6 @@ def make_train_call(
         total = lax.psum(call.active, AXIS)
         return jax.tree.map(lambda leaf: lax.psum(leaf * call.active, AXIS) / total, tree)
 
-    def loss_of(
-        params: supernet.Params, images: jax.Array, labels: jax.Array, call: Call
-    ) -> tuple[jax.Array, jax.Array]:
-        logits = supernet.apply(
-            params, images, call.architecture, settings=settings.supernet, binary=call.binary
-        )
-        correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
-        return cross_entropy(logits, labels), correct
-
     def train_call(
         state: ModelState, examples: Examples, call: Call
     ) -> tuple[ModelState, dict[str, jax.Array]]:
@@ -128,12 +151,9 @@ def make_train_call(
         order = epoch_permutation(key, call.epoch, examples.labels.shape[0])
 
         def step(
-            offset: jax.Array, carry: tuple[ModelState, dict[str, jax.Array]]
-        ) -> tuple[ModelState, dict[str, jax.Array]]:
-            state, sums = carry
-            number = call.first_step + offset
-
-            def of_shard(shard: jax.Array) -> tuple[Any, jax.Array]:
+            number: jax.Array, state: ModelState
+        ) -> tuple[ModelState, dict[str, jax.Array], jax.Array]:
+            def of_shard(shard: jax.Array) -> tuple[Any, Any]:
                 rows = batch_indices(order, number, settings.batch_size, shard, size)
                 draws = position_draws(
                     step_key(key, call.epoch, number), shard_positions(shard, size), CROP_DRAWS
@@ -142,28 +162,36 @@ def make_train_call(
                     draws, examples.images[rows], settings.crop_padding, settings.flip
                 )
                 images = normalise(images, examples.mean, examples.std)
-                (loss, correct), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+                (loss, counts), gradients = jax.value_and_grad(loss_of, has_aux=True)(
                     state.params, images, examples.labels[rows], call
                 )
-                return (gradients, loss), correct
+                return (gradients, loss), counts
 
-            (gradients, loss), correct = settings.shards.combine(of_shard, call.passes)
-            params, optimizer_state = optimizer.update(
-                gradients,
-                state.optimizer,
-                state.params,
-                architecture=call.architecture,
-                binary=call.binary,
-                step=call.rate_epoch * settings.steps_per_epoch + number,
-                share=(lambda common: over_paths(common, call)) if several else None,
-            )
-            loss = over_paths(loss, call) if several else loss
-            sums = {"loss": sums["loss"] + loss, "correct": sums["correct"] + correct}
-            return ModelState(params, optimizer_state), sums
+            (gradients, loss), counts = settings.shards.combine(of_shard, call.passes)
+            finite = all_finite((loss, gradients))
+            if several:
+                # All groups take the same branch.
+                finite = lax.pmin(finite.astype(jnp.int32), AXIS) > 0
+                loss = over_paths(loss, call)
+
+            def updated() -> ModelState:
+                params, optimizer_state = optimizer.update(
+                    gradients,
+                    state.optimizer,
+                    state.params,
+                    architecture=call.architecture,
+                    binary=call.binary,
+                    step=call.rate_epoch * settings.steps_per_epoch + number,
+                    share=(lambda common: over_paths(common, call)) if several else None,
+                )
+                return ModelState(params, optimizer_state)
+
+            new = updated() if diagnosed else unless_bad(finite, updated, state)
+            return new, {"loss": loss, **counts}, finite
 
         zeros = {"loss": jnp.zeros((), jnp.float32), "correct": jnp.zeros((), jnp.int32)}
         # The number of steps is an input: a last, shorter call of an epoch is the same program.
-        state, sums = lax.fori_loop(jnp.int32(0), call.num_steps, step, (state, zeros))
+        state, found = run(step, call.first_step, call.num_steps, state, zeros)
         if several:
             device = lax.axis_index(AXIS).astype(jnp.int32)
             params, optimizer_state = merge_paths(
@@ -174,8 +202,10 @@ def make_train_call(
                 is_leader=device % settings.shards.group_size == 0,
             )
             state = ModelState(params, optimizer_state)
+            # What the last update spoilt is one group's alone.
+            found = {**found, "bad_step": lax.pmax(found["bad_step"], AXIS)}
         # All processes learn it at the same step, and so save the same.
-        return state, {**sums, "stop": lax.pmax(call.stop, AXIS)}
+        return state, {**found, "stop": lax.pmax(call.stop, AXIS)}
 
     return train_call
 

@@ -9,9 +9,11 @@ from ml_collections import config_dict
 
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.config import deciding_keys, flatten
+from cpnas_jax.data.undecodable import tell_skipped
+from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.evaluate import Evaluation
 from cpnas_jax.feeds import Facts, Feed, open_feed
-from cpnas_jax.runtime import environment, processes
+from cpnas_jax.runtime import environment, processes, stall
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.interruptions import Stopped, noted
@@ -103,6 +105,7 @@ def train_network(
     results = directory.read_json("results.json") or {}
     results[name] = run.results()
     directory.write_json("results.json", results)
+    tell_skipped(reporter, results[name]["undecodable"])
 
 
 class _Run:
@@ -125,6 +128,7 @@ class _Run:
         self.position, self.sums = Position(), EpochSums()
         self.best_accuracy, self.best_epoch = -1.0, 0
         self.history: History
+        self.held: dict[int, str] = {}
         self.evaluated: Evaluation | None = None
 
     def resume_or_start(self) -> None:
@@ -141,8 +145,10 @@ class _Run:
             state, lines = found.state, found.record["history"]
             self.position = Position(**found.record["position"])
             self.sums = EpochSums(**found.record["sums"])
+            self.held[found.step] = self._reached()
             self.best_accuracy = found.record["best_accuracy"]
             self.best_epoch = found.record["best_epoch"]
+            self.trainer.met_before(found.record["undecodable"])
             epochs = self.config.train.epochs
             self.reporter.say(
                 f"Resumed in epoch {self.position.epoch + 1} of {epochs}, after step "
@@ -196,18 +202,26 @@ class _Run:
             since = position.step % every
             left = self.config.runtime.steps_per_call - since % self.config.runtime.steps_per_call
             count = min(left, every - since, steps - position.step)
-            stop = self.trainer.train(position.epoch, position.step, count, self.sums)
+            stall.at(f"{self.name} {self._where()}")
+            try:
+                stop = self.trainer.train(position.epoch, position.step, count, self.sums)
+            except NotFinite as error:
+                raise error.naming(self.last.last_good(self.held)) from error
             position.step += count
             if stop:
                 self._save()
                 self.last.wait()
-                raise Stopped(
-                    f"in epoch {position.epoch + 1} of {self.config.train.epochs}, after step "
-                    f"{position.step} of {steps}"
-                )
+                raise Stopped(self._where())
             if position.step % every == 0 and position.step < steps:
                 self._save()
         self._end_epoch()
+
+    def _where(self) -> str:
+        """Say where the training is."""
+        return (
+            f"in epoch {self.position.epoch + 1} of {self.config.train.epochs}, after step "
+            f"{self.position.step} of {self.trainer.steps_per_epoch}"
+        )
 
     def _end_epoch(self) -> None:
         position, config = self.position, self.config
@@ -259,6 +273,7 @@ class _Run:
             "history": self.history.lines,
             "best_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
+            "undecodable": self.trainer.undecodable(),
             "config_hash": self.hash,
         }
 
@@ -266,10 +281,16 @@ class _Run:
         # One more than the steps: all steps done is not yet the epoch evaluated.
         number = self.position.epoch * (self.trainer.steps_per_epoch + 1) + self.position.step
         self.last.save(number, self.trainer.host_state(), self._record())
+        self.held[number] = self._reached()
+
+    def _reached(self) -> str:
+        epoch, step = self.position.epoch, self.position.step
+        return f"after step {step} of epoch {epoch + 1}" if step else f"after epoch {epoch}"
 
     def results(self) -> dict[str, Any]:
         """Return what a script reads of the finished training."""
         assert self.evaluated is not None
+        skipped = self.trainer.undecodable()
         return {
             "epochs": self.config.train.epochs,
             "split": self.config.evaluate.split,
@@ -282,5 +303,6 @@ class _Run:
             # Chosen on the same images it is measured on: not an estimate for others.
             "best_test_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
+            "undecodable": {split: len(rows) for split, rows in skipped.items()},
             "config_hash": self.hash,
         }

@@ -30,8 +30,10 @@ from cpnas_jax.data.order import batch_indices, epoch_permutation, shard_positio
 from cpnas_jax.models import losses
 from cpnas_jax.models.draws import position_draws
 from cpnas_jax.models.network import DropPath, Network, NetworkSettings, Outputs, stretches
+from cpnas_jax.models.watch import COLLECTION
 from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.runtime.shards import Shards
+from cpnas_jax.steps import Run, all_finite, steps_until_bad, unless_bad
 
 LOSS_TERMS = ("cross_entropy", "auxiliary", "reconstruction", "center", "parent")
 """Logged apart, unweighted; `loss` is their weighted sum."""
@@ -135,14 +137,20 @@ def make_batch_step(
     settings: StepSettings,
     optimizer: optax.GradientTransformation,
     parent_optimizer: optax.GradientTransformation | None,
+    *,
+    watch: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Return (state, load, key, passes) -> (state, metrics).
 
     `load` gives the `Shard` of a number, the key is that of drop path, and for the passes see
     `Shards.combine`. To be called inside a function that is pmapped over `AXIS`. Metrics are means
     over the global batch: `loss`, the `LOSS_TERMS`, `accuracy`; and `finite`, bool[], whether the
-    loss and every gradient are.
+    loss and every gradient are; if not, the state stays as it was.
+
+    With `watch` it is changed all the same, and what the networks write into `watch.COLLECTION`
+    stands beside the `batch_stats` of the new one.
     """
+    collections = ["batch_stats", *([COLLECTION] if watch else [])]
     loss, operations = settings.loss, settings.network.operations
     network = Network(settings.network)
     scanned = frozenset(f"cells{s.first}" for s in stretches(settings.network) if s.length > 1)
@@ -157,9 +165,9 @@ def make_batch_step(
             train=True,
             drop_path=DropPath(rate, shard.positions) if settings.drop_path else None,
             rngs={"drop_path": key},
-            mutable=["batch_stats"],
+            mutable=collections,
         )
-        return outputs, changed["batch_stats"]
+        return outputs, changed if watch else changed["batch_stats"]
 
     def entropies(outputs: Outputs, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         main = losses.cross_entropy(outputs.logits, labels, loss.label_smoothing)
@@ -227,40 +235,48 @@ def make_batch_step(
             return (gradients, metrics, stats, parent_stats), sums
 
         (gradients, metrics, stats, parent_stats), sums = settings.shards.combine(of_shard, passes)
-        # A finite loss may have a gradient that is not: the weights after it would be saved.
-        checked = [metrics["loss"], *jax.tree.leaves(gradients)]
-        metrics["finite"] = jnp.stack([jnp.isfinite(leaf).all() for leaf in checked]).all()
-        params, optimizer_state = train_optimizer.update(
-            optimizer, gradients["child"], state.optimizer, state.params
-        )
-        average = state.average
-        if settings.average_decay:
-            average = train_optimizer.moving_average(
-                average,
-                {"params": params, "batch_stats": stats},
-                settings.average_decay,
-                state.step,
+        # A finite loss may have a gradient that is not.
+        metrics["finite"] = all_finite((metrics["loss"], gradients))
+
+        def updated() -> TrainState:
+            params, optimizer_state = train_optimizer.update(
+                optimizer, gradients["child"], state.optimizer, state.params
             )
-        means = state.means
-        if loss.center_weight:
-            means = losses.update_means(means, *sums)
-        parent = state.parent
-        if loss.parent_kernel:
-            assert parent_optimizer is not None
-            parent_params, parent_state = train_optimizer.update(
-                parent_optimizer, gradients["parent"], parent["optimizer"], parent["params"]
+            average = state.average
+            if settings.average_decay:
+                average = train_optimizer.moving_average(
+                    average,
+                    {"params": params, "batch_stats": stats},
+                    settings.average_decay,
+                    state.step,
+                )
+            means = state.means
+            if loss.center_weight:
+                means = losses.update_means(means, *sums)
+            parent = state.parent
+            if loss.parent_kernel:
+                assert parent_optimizer is not None
+                parent_params, parent_state = train_optimizer.update(
+                    parent_optimizer, gradients["parent"], parent["optimizer"], parent["params"]
+                )
+                parent = {
+                    "params": parent_params,
+                    "batch_stats": parent_stats,
+                    "optimizer": parent_state,
+                }
+            return TrainState(
+                params, stats, optimizer_state, average, means, parent, state.step + 1
             )
-            parent = {
-                "params": parent_params,
-                "batch_stats": parent_stats,
-                "optimizer": parent_state,
-            }
-        return (
-            TrainState(params, stats, optimizer_state, average, means, parent, state.step + 1),
-            metrics,
-        )
+
+        # A diagnosis wants to see what the update makes of a bad step.
+        new = updated() if watch else unless_bad(metrics["finite"], updated, state)
+        return new, metrics
 
     return step
+
+
+FAILED = 2
+"""A `TrainCall.stop`; what is trained in such a step is of no use."""
 
 
 @flax.struct.dataclass
@@ -271,7 +287,8 @@ class TrainCall:
         epoch: int32[].
         first_step: int32[], within the epoch.
         num_steps: int32[], of this call; a call on a given batch is one step.
-        stop: int32[], 1 where this process was asked to stop; another value in each process.
+        stop: int32[], 1 where this process was asked to stop, `FAILED` where it cannot read its
+            part of the batch, else 0; another value in each process.
         passes: int32[], see `Shards.combine`.
         key: uint32[2], data of the run's random key.
     """
@@ -304,13 +321,12 @@ def _augmented(
 
 
 def make_resident_call(
-    settings: StepSettings, batch_step: BatchStep
+    settings: StepSettings, batch_step: BatchStep, run: Run = steps_until_bad
 ) -> Callable[[TrainState, Examples, TrainCall], tuple[TrainState, dict[str, jax.Array]]]:
     """Return the function of one device that runs several steps on data it holds; to be pmapped.
 
-    Metrics are sums over the steps, and `bad_step`, the first step of the epoch whose loss or
-    gradient, or the sum of a metric up to it, was not finite, or -1; and `stop`, whether any
-    process was asked to.
+    Metrics are sums over the steps, and `bad_step` (see `steps.steps_until_bad`); and `stop`,
+    whether any process was asked to. `run` runs the steps.
     """
     size = settings.batch_size // settings.shards.count
 
@@ -320,7 +336,9 @@ def make_resident_call(
         key = jax.random.wrap_key_data(call.key)
         order = epoch_permutation(key, call.epoch, examples.labels.shape[0])
 
-        def one(number: jax.Array, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        def one(
+            number: jax.Array, state: TrainState
+        ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
             augment_key, drop_key = jax.random.split(step_key(key, call.epoch, number))
 
             def load(shard: jax.Array) -> Shard:
@@ -330,54 +348,59 @@ def make_resident_call(
                 )
                 return _augmented(settings, augment_key, own, shard_positions(shard, size))
 
-            return batch_step(state, load, drop_key, call.passes)
+            return _judged(*batch_step(state, load, drop_key, call.passes))
 
-        names = ("loss", *LOSS_TERMS, "accuracy")
-        zeros: dict[str, jax.Array] = {name: jnp.zeros((), jnp.float32) for name in names}
-        zeros["bad_step"] = jnp.full((), -1, jnp.int32)
-
-        def body(offset: jax.Array, carry: tuple[TrainState, dict[str, jax.Array]]) -> Any:
-            state, sums = carry
-            number = call.first_step + offset
-            new, metrics = one(number, state)
-            failed = sums["bad_step"] >= 0
-            totals = {name: sums[name] + metrics[name] for name in names}
-            bad = ~metrics["finite"] | ~jnp.isfinite(jnp.stack(list(totals.values()))).all()
-            totals["bad_step"] = jnp.where(~failed & bad, number, sums["bad_step"])
-            return new, totals
-
-        state, sums = lax.fori_loop(jnp.int32(0), call.num_steps, body, (state, zeros))
+        state, found = run(one, call.first_step, call.num_steps, state, _zeros())
         # All processes learn it at the same step, and so save the same.
-        return state, {**sums, "stop": lax.pmax(call.stop, AXIS)}
+        return state, {**found, "stop": lax.pmax(call.stop, AXIS)}
 
     return call_steps
 
 
+def _judged(
+    state: TrainState, metrics: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
+    """Take `finite` out of the metrics, as `steps.Step` wants it."""
+    finite = metrics.pop("finite")
+    return state, metrics, finite
+
+
+def _zeros() -> dict[str, jax.Array]:
+    """Return the sums of metrics before the first step."""
+    return {name: jnp.zeros((), jnp.float32) for name in ("loss", *LOSS_TERMS, "accuracy")}
+
+
 def make_stream_call(
-    settings: StepSettings, batch_step: BatchStep
-) -> Callable[[TrainState, Examples, TrainCall], tuple[TrainState, dict[str, jax.Array]]]:
+    settings: StepSettings, batch_step: BatchStep, run: Run = steps_until_bad
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Return the function of one device that runs a step on a batch it is given; to be pmapped.
 
     The examples are the device's part of the batch, cropped on the host. Metrics are those of
-    `make_resident_call`, of one step.
+    `make_resident_call`, of one step. Behind the arguments of that one, it takes the `bad_step` of
+    the call before: the state stays as it was before a bad step, though others are on their way.
     """
 
     size = settings.batch_size // settings.shards.count
 
     def call_step(
-        state: TrainState, batch: Examples, call: TrainCall
+        state: TrainState, batch: Examples, call: TrainCall, bad: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.wrap_key_data(call.key)
-        augment_key, drop_key = jax.random.split(step_key(key, call.epoch, call.first_step))
 
-        def load(shard: jax.Array) -> Shard:
-            # Devices follow each other as their parts of the batch do, process by process.
-            images, labels = settings.shards.local_rows((batch.images, batch.labels), shard)
-            own = dataclasses.replace(batch, images=images, labels=labels)
-            return _augmented(settings, augment_key, own, shard_positions(shard, size))
+        def one(
+            number: jax.Array, state: TrainState
+        ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
+            augment_key, drop_key = jax.random.split(step_key(key, call.epoch, number))
 
-        state, metrics = batch_step(state, load, drop_key, call.passes)
-        bad_step = jnp.where(metrics.pop("finite"), -1, call.first_step)
-        return state, {**metrics, "bad_step": bad_step, "stop": lax.pmax(call.stop, AXIS)}
+            def load(shard: jax.Array) -> Shard:
+                # Devices follow each other as their parts of the batch do, process by process.
+                images, labels = settings.shards.local_rows((batch.images, batch.labels), shard)
+                own = dataclasses.replace(batch, images=images, labels=labels)
+                return _augmented(settings, augment_key, own, shard_positions(shard, size))
+
+            return _judged(*batch_step(state, load, drop_key, call.passes))
+
+        state, found = run(one, call.first_step, jnp.int32(1), state, _zeros(), bad)
+        return state, {**found, "stop": lax.pmax(call.stop, AXIS)}
 
     return call_step

@@ -15,6 +15,7 @@ from cpnas_jax import evaluate, train_optimizer
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.config_rules import check_fits_images
 from cpnas_jax.data.order import weights_key
+from cpnas_jax.diagnosis import NotFinite, explained, once
 from cpnas_jax.feeds import Feed
 from cpnas_jax.models import losses, network
 from cpnas_jax.models.binarize import Binarizer
@@ -26,8 +27,10 @@ from cpnas_jax.runtime.interruptions import stop_wished
 from cpnas_jax.runtime.memory import check_memory, describe, exhaustion_explained
 from cpnas_jax.runtime.parallel import Program, replicate, to_host
 from cpnas_jax.runtime.shards import Shards
+from cpnas_jax.train_diagnosis import bad_layer
 from cpnas_jax.train_step import (
     LOSS_TERMS,
+    BatchStep,
     LossSettings,
     StepSettings,
     TrainCall,
@@ -347,18 +350,11 @@ class Trainer:
             Whether the run was asked to stop, in any process.
 
         Raises:
-            UserError: the loss or its gradient is not finite, or a device's memory is exhausted;
-                nothing saved is lost.
+            NotFinite: the loss, its gradient or the update is; nothing saved is lost.
+            UserError: a device's memory is exhausted.
         """
         before = time.monotonic()
-        call = TrainCall(
-            epoch=np.asarray(epoch, np.int32),
-            first_step=np.asarray(first_step, np.int32),
-            num_steps=np.asarray(num_steps, np.int32),
-            stop=np.asarray(stop_wished(), np.int32),
-            passes=np.asarray(self._shards.passes, np.int32),
-            key=self._key,
-        )
+        call = self._call(epoch, first_step, num_steps)
         program = self._train_program(epoch)
         with exhaustion_explained(_KNOBS):
             self._state, host = self._feed.train(program, self._state, call)
@@ -367,15 +363,42 @@ class Trainer:
             # The gradients of a float parent beside the child are looked at too.
             if not self._settings.binary or self._loss.parent_kernel:
                 keys.append("config.train.float_learning_rate")
-            raise UserError(
-                "the loss or its gradient is not finite in step "
-                f"{int(host['bad_step']) + 1} of epoch {epoch + 1}; "
-                f"the checkpoints are kept. Try a smaller {' or '.join(keys)} in a new workdir"
+            step = int(host["bad_step"])
+            raise NotFinite(
+                f"the loss, its gradient or the update is not finite in step {step + 1} of "
+                f"epoch {epoch + 1}",
+                explained(lambda: self._bad_layer(epoch, step)),
+                f"Try a smaller {' or '.join(keys)} in a new workdir",
             )
         values = {name: float(host[name]) for name in ("loss", *LOSS_TERMS, "accuracy")}
         assert all(map(math.isfinite, values.values()))
         sums.add(num_steps, values, time.monotonic() - before)
         return host["stop"] > 0
+
+    def _call(self, epoch: int, first_step: int, num_steps: int) -> TrainCall:
+        return TrainCall(
+            epoch=np.asarray(epoch, np.int32),
+            first_step=np.asarray(first_step, np.int32),
+            num_steps=np.asarray(num_steps, np.int32),
+            stop=np.asarray(stop_wished(), np.int32),
+            passes=np.asarray(self._shards.passes, np.int32),
+            key=self._key,
+        )
+
+    def _bad_layer(self, epoch: int, number: int) -> str | None:
+        """Run a bad step again from the state before it, and say which layer makes it so."""
+        start = self.host_state()
+
+        def repeat(settings: StepSettings, step: BatchStep) -> tuple[Any, Any]:
+            state = replicate(start)
+            program = self._feed.program(
+                self._compiled, ("diagnosis", "watched"), settings, step, state, once
+            )
+            state, found = self._feed.train(program, state, self._call(epoch, number, 1))
+            return to_host(state), found
+
+        settings = self._step_settings(self.real_weights(epoch))
+        return bad_layer(settings, start, repeat)
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of a step."""
@@ -396,7 +419,15 @@ class Trainer:
         batch = self._config.evaluate.batch_size
         with exhaustion_explained(_EVALUATION_KNOBS):
             counts = self._feed.count(self._counting_program(epoch), batch, self._variables())
-        return evaluate.evaluation(counts, self._feed.facts.num_test)
+        return evaluate.evaluation(counts)
+
+    def undecodable(self) -> dict[str, list[int]]:
+        """Return split -> examples that the feed skipped; every process must call it."""
+        return self._feed.undecodable()
+
+    def met_before(self, undecodable: dict[str, list[int]]) -> None:
+        """Count examples that were skipped before a resumption."""
+        self._feed.met_before(undecodable)
 
     def _variables(self) -> Any:
         state = self._state

@@ -244,14 +244,17 @@ def seen_by_a_step(resident, **augmentation):
         return state.at[labels].set(images), {**terms, "finite": jnp.bool(True)}
 
     make = make_resident_call if resident else make_stream_call
+    # A streamed step is told whether one before it was bad.
+    before = () if resident else (np.int32(-1),)
+    shared = (None,) * (2 + len(before))
     program = jax.jit(
-        jax.vmap(make(settings, step), in_axes=(0, None, None), axis_name=AXIS),
+        jax.vmap(make(settings, step), in_axes=(0, *shared), axis_name=AXIS),
         compiler_options=QUICK,
     )
     examples = Examples(PIXELS, np.arange(8, dtype=np.int32), MEAN, STD)
     key = np.asarray(jax.random.key_data(jax.random.key(1)))
     call = TrainCall(np.int32(0), np.int32(0), np.int32(1), np.int32(0), np.int32(1), key)
-    state, _ = program(jnp.zeros((1, *PIXELS.shape), jnp.float32), examples, call)
+    state, _ = program(jnp.zeros((1, *PIXELS.shape), jnp.float32), examples, call, *before)
     return np.asarray(state[0])
 
 

@@ -183,11 +183,13 @@ INDIFFERENT = {
     "network.precision",
     "dataset.data_dir",
     "dataset.workers",
+    "dataset.max_undecodable",
     "evaluate.batch_size",
     "evaluate.checkpoint",
     "runtime.steps_per_call",
     "runtime.keep_checkpoints",
     "runtime.checkpoint_every",
+    "runtime.stall_seconds",
     "runtime.compilation_cache",
 }
 OF_SEARCH = {k for k in configs.RULED_KEYS if "search." in k}

@@ -15,6 +15,7 @@ from cpnas_jax import feeds
 from cpnas_jax.architecture.named import named_genotype
 from cpnas_jax.data import views
 from cpnas_jax.models.network import Network
+from cpnas_jax.runtime import parallel, stall
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.train import train
@@ -118,18 +119,24 @@ def test_every_example_of_a_stream_is_counted_once(config):
     np.testing.assert_allclose(found.loss, np.mean(losses), rtol=1e-2)
 
 
-def test_the_old_state_of_a_streamed_step_is_donated(config):
+def test_the_old_state_of_a_streamed_step_is_donated(config, monkeypatch):
+    named, wait = set(), stall.waiting
+    monkeypatch.setattr(stall, "waiting", lambda what: named.add(what) or wait(what))
     trainer, feed = trainer_of(config)
     trainer.load(trainer.initial_state())
     donated = jax.tree.leaves(trainer._state)
     trainer.train(0, 0, 1, EpochSums())
     feed.close()
     assert all(leaf.is_deleted() for leaf in donated)
+    # What it may have to wait for is known, should it wait for long.
+    assert named >= {"the data to be opened", "the channels' statistics", "the compiler"}
+    assert named >= {"the batch of step 1 from the reader", parallel._DEVICES}
 
 
 def test_batches_are_divided_among_the_devices_in_order(config):
     _, feed = trainer_of(config)
-    images, labels = next(feed._training_batches(0, 0))
+    (images, labels), failed = next(feed._training_batches(0, 0))
+    assert failed is None
     devices = jax.local_device_count()
     assert images.shape == (devices, BATCH // devices, SIZE, SIZE, 3)
     assert images.dtype == np.uint8

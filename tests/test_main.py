@@ -189,6 +189,16 @@ def test_a_mistake_does_not_claim_the_workdir(tmp_path, capsys, call):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_run_that_finishes_nothing_says_so(tmp_path, capfd, monkeypatch, call):
+    monkeypatch.setitem(main._MODES, "search", lambda *_: time.sleep(0.5))
+    seconds = "--config.runtime.stall_seconds="
+    assert call(MNIST, f"--workdir={tmp_path}", f"{seconds}0.1") == 0
+    first, *_ = capfd.readouterr().err.splitlines()
+    assert first.startswith("stalled: process 0 of 1 on ")
+    assert call(MNIST, f"--workdir={tmp_path}", f"{seconds}0.0") == 0
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")]
 )

@@ -1,5 +1,6 @@
 """What a search asks of its networks and does with their answers; networks are stood in for."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -223,6 +224,16 @@ def test_a_damaged_genotype_of_a_finished_search_is_made_again(monkeypatch, tmp_
     assert Oracle.last.requests == []
 
 
+def test_what_was_not_decoded_is_told_and_on_record(monkeypatch, tmp_path):
+    split = search_module.load_split()
+    fewer = dataclasses.replace(split, undecodable=(3, 8))
+    monkeypatch.setattr(search_module, "load_split", lambda *_: fewer)
+    _, said = run(monkeypatch, tmp_path)
+    assert "skipped because they cannot be decoded: 2 of split 'train'." in said
+    results = json.loads((tmp_path / "results.json").read_text())["search"]
+    assert results["undecodable"] == {"train": 2}
+
+
 def test_another_machine_is_told(monkeypatch, tmp_path):
     class Stops(Oracle):
         def train(self, model, architectures, epoch, sums):
@@ -353,6 +364,7 @@ class FakeProgram:
         devices = len(call.num_steps)
         if "train" in self.made_with:
             sums = {"loss": [float(take["num_steps"])], "correct": [0], "stop": [0]}
+            sums["bad_step"] = [-1]
             return first, {name: OnDevices(np.repeat(v, devices)) for name, v in sums.items()}
         return OnDevices(np.full((devices, 1), 5))
 

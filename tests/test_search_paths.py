@@ -88,16 +88,18 @@ def start():
 
 
 @pytest.fixture(scope="module")
-def together(start):
-    """(binary) -> state and sums of every device after a step of all paths."""
+def step(start):
+    """(state, binary) -> state and sums of every device after a step of all paths."""
     function = pmap_donated(make_train_call(settings(SHARDS), PathOptimizer(OPTIMIZER)))
-    arguments = (replicate(start), replicate(examples()), stacked(True))
-    program = Program(function, arguments, QUICK)
-    found = {}
-    for binary in (True, False):
-        state, sums = program(replicate(start), arguments[1], stacked(binary))
-        found[binary] = jax.device_get((state, sums))
-    return found
+    given = replicate(examples())
+    program = Program(function, (replicate(start), given, stacked(True)), QUICK)
+    return lambda state, binary: jax.device_get(program(replicate(state), given, stacked(binary)))
+
+
+@pytest.fixture(scope="module")
+def together(start, step):
+    """(binary) -> what `step` makes of the start."""
+    return {binary: step(start, binary) for binary in (True, False)}
 
 
 def on_two_devices(function, *arguments):
@@ -119,8 +121,8 @@ def twice(tree):
 @pytest.fixture(scope="module")
 def alone(start):
     """(binary) -> state and loss of each path after a step of its own on two devices."""
-    step = make_train_call(settings(Shards(2)), PathOptimizer(OPTIMIZER))
-    program = on_two_devices(step, start, examples(), call_of(PATHS[0], 0, True))
+    alone_step = make_train_call(settings(Shards(2)), PathOptimizer(OPTIMIZER))
+    program = on_two_devices(alone_step, start, examples(), call_of(PATHS[0], 0, True))
     found = {}
     for binary in (True, False):
         found[binary] = [
@@ -172,6 +174,7 @@ def test_what_all_paths_use_moves_by_the_mean_of_their_gradients(together, alone
         assert leaf_differs(state.params[name], alone[False][0][0].params[name])
     losses = [float(own["loss"]) for _, own in alone[False]]
     np.testing.assert_allclose(sums["loss"], np.mean(losses), rtol=1e-5)
+    assert (sums["bad_step"] == -1).all()
     # Whoever was asked to stop, all learn it.
     assert (sums["stop"] == 1).all()
 
@@ -195,6 +198,31 @@ def test_optimizers_keep_each_path_to_itself(start, together, alone):
                     a,
                     b,
                 )
+
+
+def test_what_one_path_alone_spoils_stops_all(start, step):
+    """Its other devices must not wait for a group that has stopped."""
+    first = sampled_tree(start.params, PATHS[1])
+    shared = sampled_tree(start.params, IDLE)
+    spoilt = jax.tree_util.tree_map_with_path(
+        lambda path, leaf, own, other: (
+            np.where(own & ~other, np.float32(np.nan), leaf)
+            if "edges" in jax.tree_util.keystr(path)
+            else leaf
+        ),
+        start.params,
+        first,
+        shared,
+    )
+    state, sums = step(ModelState(spoilt, start.optimizer), False)
+    assert (sums["bad_step"] == 1).all()
+    jax.tree.map(
+        lambda found, given: np.testing.assert_array_equal(
+            found, np.broadcast_to(given, found.shape)
+        ),
+        state.params,
+        spoilt,
+    )
 
 
 def test_each_group_scores_its_own_path(start):

@@ -205,7 +205,7 @@ def test_evaluation_counts_every_example_once_with_running_averages(config):
     assert found.loss == pytest.approx(loss_of(logits), rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_at_its_step(config):
+def test_a_loss_that_is_not_finite_stops_at_its_step(config, monkeypatch):
     """What the program tells is what the message says; `bad_step` counts from 0."""
     trainer = trainer_of(config)
     trainer.load(trainer.initial_state())
@@ -216,10 +216,11 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(config):
         return state, replicate({**terms, "bad_step": np.int32(1)})
 
     trainer._programs["train", False] = program
+    monkeypatch.setattr(trainer, "_bad_layer", lambda *place: f"looked at {place}")
     with pytest.raises(UserError) as caught:
         trainer.train(0, 0, 3, EpochSums())
     assert str(caught.value).startswith(
-        "the loss or its gradient is not finite in step 2 of epoch 1;"
+        "the loss, its gradient or the update is not finite in step 2 of epoch 1; looked at (0, 1)."
     )
     assert "config.train.learning_rate" in str(caught.value)
 

@@ -327,10 +327,16 @@ def test_a_loss_that_is_not_finite(refused, tmp_path):
     )
     error = refused("train", tmp_path / "run", *arguments)
     found = re.match(
-        r"error: the loss or its gradient is not finite in step (\d+) of epoch 1;", error
+        r"error: the loss, its gradient or the update is not finite in step (\d+) of epoch 1; "
+        r"(.+); the last good checkpoint is (.+), after step (\d+) of epoch 1\. Try a smaller ",
+        error,
     )
     assert found is not None
-    assert "the checkpoints are kept" in error
+    assert re.match(
+        r"an update left .+ that is not$|the first output that is not is that", found[2]
+    )
+    path = tmp_path / "run/parent/checkpoints" / found[4]
+    assert (found[3], int(found[4])) == (str(path), int(found[1]) - 1)
     assert "config.train.float_learning_rate" in error
     kept = contents(tmp_path / "run")
     numbers = {int(path.name) for path in (tmp_path / "run/parent/checkpoints").iterdir()}
@@ -344,7 +350,8 @@ def test_a_gradient_that_is_not_finite(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "center", lambda features, *_: jnp.sqrt(jnp.sum(features * 0)))
     arguments = ("--config.train.center_weight=1e-3", "--config.runtime.checkpoint_every=1")
     error = refused("train", tmp_path / "run", *arguments)
-    assert "not finite in step 1 of epoch 1;" in error
+    assert "not finite in step 1 of epoch 1; the loss is, and of the gradients that are" in error
+    assert re.search(r"the nearest to the output is that of cell 0 .+ norm bias; no check", error)
     assert list((tmp_path / "run/train/checkpoints").iterdir()) == []
 
 

@@ -64,7 +64,8 @@ def call_of(first_step, num_steps):
 
 def on_two_devices(call, batched):
     """The program of both devices; `batched` says whether each has examples of its own."""
-    mapped = jax.vmap(call, in_axes=(0, 0 if batched else None, None), axis_name=AXIS)
+    in_axes = (0, 0, None, None) if batched else (0, None, None)
+    mapped = jax.vmap(call, in_axes=in_axes, axis_name=AXIS)
     return jax.jit(mapped, compiler_options=QUICK)
 
 
@@ -117,7 +118,12 @@ def test_a_streamed_step_tells_whether_it_was_bad(loss, bad):
         *(np.stack([x] * 2) for x in (MEAN, STD)),
     )
     program = on_two_devices(make_stream_call(SETTINGS, counting_step([loss])), True)
-    (_, seen), found = program(start(), batch, call_of(3, 1))
+    (_, seen), found = program(start(), batch, call_of(3, 1), np.int32(-1))
     np.testing.assert_array_equal(found["bad_step"], [bad] * 2)
     np.testing.assert_array_equal(found["accuracy"], [1, 1])
     np.testing.assert_array_equal(seen[:, 0], LABELS[:4].reshape(2, 2))
+    # One that follows a bad one is not run.
+    (_, seen), found = program(start(), batch, call_of(3, 1), np.int32(1))
+    np.testing.assert_array_equal(found["bad_step"], [1, 1])
+    np.testing.assert_array_equal(found["loss"], [0, 0])
+    assert not seen.any()

@@ -41,6 +41,7 @@ def test_the_rates_to_lower_are_named(config, monkeypatch, binary, beside, words
     trainer = trainer_of(config, binary)
     trainer.load(trainer.initial_state())
     monkeypatch.setattr(trainer, "_train_program", lambda _: None)
+    monkeypatch.setattr(trainer, "_bad_layer", lambda *_: None)
     bad = {"bad_step": np.int32(2)}
     monkeypatch.setattr(trainer._feed, "train", lambda _, state, call: (state, bad))
     with pytest.raises(UserError, match=f"not finite in step 3 of epoch 1; .*{words}"):

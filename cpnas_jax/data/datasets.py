@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from cpnas_jax.data import decode, records
+from cpnas_jax.data.undecodable import Undecodable, nothing_decodes
 from cpnas_jax.runtime.errors import UserError
 
 # Images summed at once in `channel_statistics`; bounds its temporary memory.
@@ -24,6 +25,7 @@ class Split:
         num_classes: number of classes of the data set, present in this split or not.
         class_names: their names, in the order of the labels.
         name: name of the data set.
+        undecodable: numbers of the stored examples that are left out.
     """
 
     images: np.ndarray
@@ -31,6 +33,7 @@ class Split:
     num_classes: int
     class_names: tuple[str, ...]
     name: str
+    undecodable: tuple[int, ...] = ()
 
 
 def open_set(name: str, data_dir: str | os.PathLike[str] | None) -> records.PreparedSet:
@@ -52,6 +55,7 @@ def load_split(
     split: str,
     data_dir: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    max_undecodable: int = 0,
 ) -> Split:
     """Load one split of a prepared tfds set into memory; no other split's file is opened.
 
@@ -64,6 +68,7 @@ def load_split(
         data_dir: where tfds keeps prepared sets; None for TFDS_DATA_DIR or tfds's default.
         image_size: pixels a side to which the central square of each image is resized (see
             `decode.decode_images`); None keeps the stored size.
+        max_undecodable: so many examples that cannot be decoded are left out, with warnings.
 
     Returns:
         The split, in stored order (tfds stores shuffled examples).
@@ -75,9 +80,14 @@ def load_split(
     if image_size is not None and image_size < 1:
         raise UserError(f"config.dataset.image_size={image_size} must be at least 1, or None")
     prepared = open_set(name, data_dir)
-    encoded, labels = records.read_examples(prepared, split)
+    undecodable = Undecodable(prepared, split, max_undecodable)
+    encoded, labels, rows = records.read_examples(prepared, split, undecodable.note)
+
+    def failed(position: int, error: Exception) -> None:
+        undecodable.note(rows[position], records.one_line(error))
+
     try:
-        images = decode.decode_images(encoded, prepared.image_shape, image_size)
+        images = decode.decode_images(encoded, prepared.image_shape, image_size, failed)
     except decode.ImageSizesDiffer as error:
         raise UserError(
             f"the images of {prepared.directory} differ in size ({error}); "
@@ -88,15 +98,16 @@ def load_split(
             f"{len(encoded)} images of {prepared.directory} do not fit into memory; lower "
             "config.dataset.image_size"
         ) from error
-    # Pillow reports broken images by all three.
-    except (OSError, ValueError, SyntaxError) as error:
-        raise records.damaged(prepared.directory, records.one_line(error)) from error
+    except decode.NothingDecoded as error:
+        raise nothing_decodes(prepared.directory, split) from error
+    left = [n for row, n in zip(rows, labels, strict=True) if row not in undecodable]
     return Split(
         images=images,
-        labels=np.asarray(labels, np.int32),
+        labels=np.asarray(left, np.int32),
         num_classes=len(prepared.class_names),
         class_names=prepared.class_names,
         name=name,
+        undecodable=tuple(undecodable.rows),
     )
 
 

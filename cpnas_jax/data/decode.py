@@ -2,7 +2,7 @@
 
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -17,10 +17,15 @@ class ImageSizesDiffer(ValueError):
     """The images of a split have more than one size, and no size was asked for."""
 
 
+class NothingDecoded(ValueError):
+    """Not one image could be decoded."""
+
+
 def decode_images(
     encoded: Sequence[bytes],
     shape: tuple[int | None, int | None, int | None],
     image_size: int | None,
+    failed: Callable[[int, Exception], None],
 ) -> np.ndarray:
     """Decode images into one array.
 
@@ -30,28 +35,42 @@ def decode_images(
         image_size: None keeps the stored size. Otherwise the central square of each image is
             resized to this many pixels a side: the exact mean over blocks where the size divides
             the square's, else Pillow's antialiased bicubic filter.
+        failed: called with the position of an image that cannot be decoded and with what Pillow
+            raised; it is left out.
 
     Returns:
-        uint8[n, height, width, channels].
+        uint8[n, height, width, channels], n the images that were decoded, at least one.
 
     Raises:
         ImageSizesDiffer: the sizes differ and `image_size` is None.
-        OSError, ValueError, SyntaxError: an image cannot be decoded.
+        NothingDecoded: no image can be decoded.
     """
     height, width, channels = shape
-    first = _decode(encoded[0], height, width, channels)
-    mode = first.mode if first.mode in MODES.values() else "RGB"
-    mode = MODES.get(channels, mode) if channels is not None else mode
-    first_array = _to_array(first, mode, image_size)
-    images = np.empty((len(encoded), *first_array.shape), np.uint8)
-
+    mode = MODES.get(channels) if channels is not None else None
+    images: np.ndarray | None = None
+    decoded = 0
     # One thread: Pillow's codecs hold the interpreter lock, a pool was measured not to help.
     for index, data in enumerate(encoded):
-        image = _to_array(_decode(data, height, width, channels), mode, image_size)
-        if image.shape != images.shape[1:]:
-            raise ImageSizesDiffer(f"{images.shape[1:3]} and {image.shape[:2]}")
-        images[index] = image
-    return images
+        try:
+            image = _decode(data, height, width, channels)
+            if mode is None:
+                mode = image.mode if image.mode in MODES.values() else "RGB"
+            pixels = _to_array(image, mode, image_size)
+        except MemoryError:
+            raise
+        # Pillow reports broken images by errors of many types.
+        except Exception as error:
+            failed(index, error)
+            continue
+        if images is None:
+            images = np.empty((len(encoded), *pixels.shape), np.uint8)
+        if pixels.shape != images.shape[1:]:
+            raise ImageSizesDiffer(f"{images.shape[1:3]} and {pixels.shape[:2]}")
+        images[decoded] = pixels
+        decoded += 1
+    if images is None:
+        raise NothingDecoded
+    return images[:decoded]
 
 
 def _decode(

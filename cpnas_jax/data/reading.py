@@ -4,18 +4,21 @@ grain takes almost a second to import and is therefore imported inside the funct
 """
 
 import abc
+import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from cpnas_jax.data import records, views
+from cpnas_jax.data.undecodable import Undecodable, nothing_decodes
 from cpnas_jax.runtime.errors import UserError
 
 # Reading waits for the disk, and Pillow's codecs and filters run without the interpreter lock. With
@@ -28,6 +31,23 @@ _PART = 16
 
 # Batches that are being read before they are asked for.
 _BATCHES_AHEAD = 2
+
+# A failure of the storage that passes must not change a batch.
+_ATTEMPTS = 2
+
+Failures = tuple[tuple[int, int, str], ...]
+"""What could not be decoded: position in the part, number of the example, reason."""
+
+Part = tuple[np.ndarray, np.ndarray, Failures]
+"""Images uint8[m, size, size, channels], labels int32[m], and what is not as it was asked for."""
+
+
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Images, labels, and bool[n]: whether each is the example that was asked for."""
+
+
+class CannotDecode(Exception):
+    """An example is damaged; what it is told by is the reason."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +63,7 @@ class Reader:
         num_classes: labels are below.
         mode: Pillow's mode of the images.
         size: pixels a side of what is returned.
+        max_undecodable: failures that `undecodable.Undecodable` lets pass.
     """
 
     source: Any
@@ -53,6 +74,7 @@ class Reader:
     num_classes: int
     mode: str
     size: int
+    max_undecodable: int
 
     def example(
         self, row: int, box_of: Callable[[int, int], views.Box], *, quick: bool
@@ -65,33 +87,78 @@ class Reader:
             quick: likewise.
 
         Raises:
-            UserError: the example is damaged or its label is no class.
+            CannotDecode: the example is damaged.
+            UserError: its label is no class, or it does not fit into memory.
         """
-        try:
-            encoded, label = records.parse_example(self.source[row], self.image_key, self.label_key)
-            pixels = views.read_view(encoded, self.mode, self.size, box_of, quick=quick)
-        except MemoryError as error:
-            raise UserError(
-                f"example {row} of split {self.split!r} in {self.directory} does not fit into "
-                "memory; lower the batch size or the number of workers"
-            ) from error
-        # array_record, protobuf and Pillow each have their own ways of failing on a broken file.
-        except Exception as error:
-            reason = f"example {row} of split {self.split!r}: {records.one_line(error)}"
-            raise records.damaged(self.directory, reason) from error
+        for attempt in range(_ATTEMPTS):
+            try:
+                encoded, label = records.parse_example(
+                    self.source[row], self.image_key, self.label_key
+                )
+                pixels = views.read_view(encoded, self.mode, self.size, box_of, quick=quick)
+                break
+            except MemoryError as error:
+                raise UserError(
+                    f"example {row} of split {self.split!r} in {self.directory} does not fit into "
+                    "memory; lower the batch size or the number of workers"
+                ) from error
+            # array_record, protobuf and Pillow each have their own ways of failing.
+            except Exception as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise CannotDecode(records.one_line(error)) from error
         if not 0 <= label < self.num_classes:
             raise records.no_class(self.directory, self.split, self.num_classes, label)
         return pixels, label
 
     def examples(
-        self, rows: np.ndarray, boxes: list[Callable[[int, int], views.Box]], *, quick: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return `example` of several rows: uint8[n, size, size, channels] and int32[n]."""
-        read = [
-            self.example(row, box_of, quick=quick)
-            for row, box_of in zip(rows.tolist(), boxes, strict=True)
-        ]
-        return np.stack([pixels for pixels, _ in read]), np.array([n for _, n in read], np.int32)
+        self,
+        rows: np.ndarray,
+        boxes: Sequence[Callable[[int, int], views.Box]],
+        num_examples: int,
+        *,
+        quick: bool,
+    ) -> Part:
+        """Return `example` of several rows, and of another one in place of each that is damaged.
+
+        The other one is the next stored example, after the last the first, that can be decoded: a
+        function of the data and the row alone.
+
+        Args:
+            rows: int[n].
+            boxes: of each row's image, or of what takes its place.
+            num_examples: so many stored examples are used, the first ones.
+            quick: see `views.read_view`.
+
+        Raises:
+            UserError: as `example`; not one example can be decoded.
+        """
+        read, failures = [], list[tuple[int, int, str]]()
+        for position, (row, box_of) in enumerate(zip(rows.tolist(), boxes, strict=True)):
+            found, failed = self._next(row, box_of, num_examples, quick)
+            failures += [(position, candidate, reason) for candidate, reason in failed]
+            if found is None:
+                # Whoever counts the failures refuses the part.
+                return np.empty((0, 0, 0, 0), np.uint8), np.empty(0, np.int32), tuple(failures)
+            read.append(found)
+        images = np.stack([pixels for pixels, _ in read])
+        return images, np.array([n for _, n in read], np.int32), tuple(failures)
+
+    def _next(
+        self, row: int, box_of: Callable[[int, int], views.Box], num_examples: int, quick: bool
+    ) -> tuple[tuple[np.ndarray, int] | None, list[tuple[int, str]]]:
+        """Return the first of the examples from a row on that decodes, and what failed before it.
+
+        It is None after more failures than there may be.
+        """
+        failed = list[tuple[int, str]]()
+        for candidate in itertools.chain(range(row, num_examples), range(row)):
+            try:
+                return self.example(candidate, box_of, quick=quick), failed
+            except CannotDecode as error:
+                failed.append((candidate, str(error)))
+            if len(failed) > self.max_undecodable:
+                return None, failed
+        raise nothing_decodes(self.directory, self.split)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,18 +170,20 @@ class Parts(abc.ABC):
     Attributes:
         reader: reads single examples.
         local_batch: examples of this process in a batch.
+        num_examples: of the split that are used.
     """
 
     reader: Reader
     local_batch: int
+    num_examples: int
 
     @abc.abstractmethod
     def __len__(self) -> int:
         """Return the number of parts of all batches."""
 
     @abc.abstractmethod
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return images uint8[m, size, size, channels] and labels int32[m] of a part."""
+    def __getitem__(self, index: int) -> Part:
+        """Return a part."""
 
     @property
     def parts_per_batch(self) -> int:
@@ -127,7 +196,7 @@ class Parts(abc.ABC):
         return batch, slice(part * _PART, min((part + 1) * _PART, self.local_batch))
 
 
-def read_ahead(parts: Parts, workers: int) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+def read_ahead(parts: Parts, workers: int) -> Generator[Part, None, None]:
     """Give the parts in order, while later ones are read in the background.
 
     Args:
@@ -173,6 +242,37 @@ def read_ahead(parts: Parts, workers: int) -> Generator[tuple[np.ndarray, np.nda
         ) from error
     finally:
         iterator.close()
+
+
+def counted(parts: Iterable[Part], undecodable: Undecodable) -> Iterator[Part]:
+    """Give parts on, once what could not be decoded in them is counted.
+
+    Raises:
+        UserError: it is too much.
+    """
+    for part in parts:
+        for _, row, reason in part[2]:
+            undecodable.note(row, reason)
+        yield part
+
+
+def joined(parts: Parts, workers: int, undecodable: Undecodable) -> Generator[Batch, None, None]:
+    """Give whole batches out of their parts."""
+    with contextlib.closing(read_ahead(parts, workers)) as read:
+        sound = counted(read, undecodable)
+        for _ in range(len(parts) // parts.parts_per_batch):
+            yield _concatenated(itertools.islice(sound, parts.parts_per_batch))
+
+
+def _concatenated(parts: Iterable[Part]) -> Batch:
+    """Return parts as one; in a function, because a part may hold shared memory while it lives."""
+    images, labels, sound = [], [], []
+    for own_images, own_labels, failures in parts:
+        images.append(own_images)
+        labels.append(own_labels)
+        sound.append(np.ones(len(own_labels), bool))
+        sound[-1][[position for position, _, _ in failures]] = False
+    return np.concatenate(images), np.concatenate(labels), np.concatenate(sound)
 
 
 def _start_worker(_index: int, _count: int) -> None:

@@ -8,10 +8,12 @@ tfds takes half a second to import and is therefore imported inside the function
 """
 
 import dataclasses
+import functools
 import os
 import resource
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -120,11 +122,7 @@ def open_split(prepared: PreparedSet, split: str) -> Any:
     """
     from array_record.python import array_record_data_source
 
-    if split not in prepared.splits:
-        raise UserError(
-            f"the data set in {prepared.directory} has no split {split!r}; "
-            f"it has {', '.join(prepared.splits)}"
-        )
+    require_split(prepared, split)
     try:
         files = prepared.builder.info.splits[split].file_instructions
         allow_open_files(len(files))
@@ -137,6 +135,30 @@ def open_split(prepared: PreparedSet, split: str) -> Any:
     if not len(source):
         raise damaged(prepared.directory, f"split {split!r} holds no example")
     return source
+
+
+def require_split(prepared: PreparedSet, split: str) -> None:
+    """See that a set has a split.
+
+    Raises:
+        UserError: it has not.
+    """
+    if split not in prepared.splits:
+        raise UserError(
+            f"the data set in {prepared.directory} has no split {split!r}; "
+            f"it has {', '.join(prepared.splits)}"
+        )
+
+
+def split_files(prepared: PreparedSet, split: str) -> tuple[tuple[str, int, int], ...]:
+    """Return (name, records left out at the start, records used) of each file of a split.
+
+    Raises:
+        UserError: no such split.
+    """
+    require_split(prepared, split)
+    files = prepared.builder.info.splits[split].file_instructions
+    return tuple((Path(file.filename).name, file.skip, file.take) for file in files)
 
 
 def allow_open_files(files: int) -> None:
@@ -180,36 +202,59 @@ def no_class(
     )
 
 
-def read_examples(prepared: PreparedSet, split: str) -> tuple[list[bytes], list[int]]:
+def read_examples(
+    prepared: PreparedSet, split: str, failed: Callable[[int, str], None]
+) -> tuple[list[bytes], list[int], list[int]]:
     """Read the encoded images and the labels of one split; no other split's file is opened.
 
     Args:
         prepared: the opened set.
         split: name of the split.
+        failed: called with the number of an example that cannot be read, and why; it is left out.
 
     Returns:
-        The encoded images and the class labels, in stored order.
+        The encoded images, the class labels and the examples' numbers, in stored order.
 
     Raises:
-        UserError: no such split, an empty one, unlabelled examples, or damaged files.
+        UserError: no such split, an empty one, or unlabelled examples.
     """
     source = open_split(prepared, split)
     images: list[bytes] = []
     labels: list[int] = []
-    try:
-        for start in range(0, len(source), _READ_BATCH):
-            keys = range(start, min(start + _READ_BATCH, len(source)))
-            for record in source.__getitems__(keys):
+    rows: list[int] = []
+    for start in range(0, len(source), _READ_BATCH):
+        keys = range(start, min(start + _READ_BATCH, len(source)))
+        for row, record in zip(keys, _records(source, keys), strict=True):
+            try:
+                if isinstance(record, Exception):
+                    raise record
                 image, label = parse_example(record, prepared.image_key, prepared.label_key)
-                images.append(image)
-                labels.append(label)
-    # array_record, protobuf and tfds each have their own ways of failing on a broken file.
-    except Exception as error:
-        raise damaged(prepared.directory, one_line(error)) from error
-    for label in (min(labels), max(labels)):
+            # array_record, protobuf and tfds each have their own ways of failing.
+            except Exception as error:
+                failed(row, one_line(error))
+                continue
+            images.append(image)
+            labels.append(label)
+            rows.append(row)
+    for label in (min(labels, default=0), max(labels, default=0)):
         if not 0 <= label < len(prepared.class_names):
             raise no_class(prepared.directory, split, len(prepared.class_names), label)
-    return images, labels
+    return images, labels, rows
+
+
+def _records(source: Any, keys: Sequence[int]) -> Iterable[bytes | Exception]:
+    """Return records at once, or where one cannot be read, one by one with the errors of those."""
+    try:
+        return source.__getitems__(keys)
+    except Exception:
+        return map(functools.partial(_record, source), keys)
+
+
+def _record(source: Any, key: int) -> bytes | Exception:
+    try:
+        return source[key]
+    except Exception as error:
+        return error
 
 
 def _newest_version(name: str, root: epath.Path) -> epath.Path | None:

@@ -9,9 +9,8 @@ decoding run ahead in threads or worker processes of grain.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 
 import jax
 import numpy as np
@@ -19,7 +18,8 @@ from flax import jax_utils
 
 from cpnas_jax.data import datasets, decode, records, views
 from cpnas_jax.data.order import scoring_indices
-from cpnas_jax.data.reading import Parts, Reader, read_ahead
+from cpnas_jax.data.reading import Batch, Part, Parts, Reader, counted, joined, read_ahead
+from cpnas_jax.data.undecodable import Undecodable
 from cpnas_jax.runtime.errors import UserError
 
 # The uses of one seed are told apart by the first word of the spawn key.
@@ -38,6 +38,7 @@ class Stream:
         class_names: their names, in the order of the labels.
         image_shape: (size, size, channels) of the images it gives.
         reader: reads single examples.
+        undecodable: counts those that are damaged.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stream:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     reader: Reader
+    undecodable: Undecodable
 
     def limited(self, examples: int, key: str) -> "Stream":
         """Return the stream of the first so many stored examples, which are shuffled; 0: of all.
@@ -83,7 +85,8 @@ class Stream:
 
         An epoch has `num_examples // batch_size` steps; the examples left over are other ones in
         every epoch. The processes' batches of a step, one after the other, are the batch that a
-        single process would have got.
+        single process would have got. The place of an example that cannot be decoded is filled as
+        `Reader.examples` says.
 
         Args:
             seed: non-negative.
@@ -114,17 +117,17 @@ class Stream:
         source = _TrainingParts(
             reader=self.reader,
             local_batch=local,
+            num_examples=self.num_examples,
             seed=seed,
             first_step=epoch * steps + first_step,
             num_steps=epochs * steps - first_step,
             steps_per_epoch=steps,
-            num_examples=self.num_examples,
             batch_size=batch_size,
             first_position=process_index * local,
             area=area,
             ratio=ratio,
         )
-        return _joined(source, workers)
+        return _without_sound(joined(source, workers, self.undecodable))
 
     def evaluation_batches(
         self,
@@ -137,7 +140,8 @@ class Stream:
     ) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], None, None]:
         """Give one process's share of batches in which every example counts exactly once.
 
-        The last batch is filled with other examples, with mask 0 (see `order.scoring_indices`).
+        The last batch is filled with other examples, with mask 0 (see `order.scoring_indices`), as
+        is the place of an example that cannot be decoded.
 
         Args:
             batch_size: global, a multiple of `process_count`.
@@ -157,8 +161,8 @@ class Stream:
         local = _local_batch(batch_size, process_index, process_count)
         indices, mask = scoring_indices(self.num_examples, batch_size)
         own = slice(process_index * local, (process_index + 1) * local)
-        source = _CentralParts(self.reader, local, indices[:, own], central)
-        return _with_mask(_joined(source, workers), mask[:, own])
+        source = _CentralParts(self.reader, local, self.num_examples, indices[:, own], central)
+        return _with_mask(joined(source, workers, self.undecodable), mask[:, own])
 
     def channel_statistics(self, examples: int = 2048) -> tuple[np.ndarray, np.ndarray]:
         """Estimate each channel's mean and standard deviation from evenly spaced examples.
@@ -177,8 +181,9 @@ class Stream:
         """
         count = min(examples, self.num_examples)
         rows = np.arange(count) * self.num_examples // count
-        source = _CentralParts(self.reader, count, rows[None], 1.0)
-        return datasets.statistics_of_parts(images for images, _ in read_ahead(source, 0))
+        source = _CentralParts(self.reader, count, self.num_examples, rows[None], 1.0)
+        parts = counted(read_ahead(source, 0), self.undecodable)
+        return datasets.statistics_of_parts(images for images, _, _ in parts)
 
 
 def open_stream(
@@ -186,6 +191,7 @@ def open_stream(
     split: str,
     data_dir: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    max_undecodable: int = 0,
 ) -> Stream:
     """Open one split of a prepared set for streaming; only its metadata and one record are read.
 
@@ -195,6 +201,7 @@ def open_stream(
         data_dir: where tfds keeps prepared sets; None for TFDS_DATA_DIR or tfds's default.
         image_size: pixels a side of the images to give; None for the stored size where all images
             are squares of one size.
+        max_undecodable: so many examples that cannot be decoded are skipped, with warnings.
 
     Returns:
         The stream.
@@ -224,9 +231,12 @@ def open_stream(
         num_classes=len(prepared.class_names),
         mode=decode.MODES[channels],
         size=size,
+        max_undecodable=max_undecodable,
     )
+    undecodable = Undecodable(prepared, split, max_undecodable)
     # An unlabelled split, such as ImageNet's test, shows in any of its records.
-    reader.example(0, functools.partial(views.central_box, fraction=1.0), quick=True)
+    first = _CentralParts(reader, 1, len(reader.source), np.zeros((1, 1), np.int32), 1.0)
+    next(counted([first[0]], undecodable))
     return Stream(
         name=name,
         split=split,
@@ -235,6 +245,7 @@ def open_stream(
         class_names=prepared.class_names,
         image_shape=(size, size, channels),
         reader=reader,
+        undecodable=undecodable,
     )
 
 
@@ -270,7 +281,6 @@ class _TrainingParts(Parts):
         first_step: counted from the start of epoch 0.
         num_steps: how many.
         steps_per_epoch: of every epoch.
-        num_examples: of the split.
         batch_size: global.
         first_position: of this process in the global batch.
         area: see `Stream.training_batches`.
@@ -281,7 +291,6 @@ class _TrainingParts(Parts):
     first_step: int
     num_steps: int
     steps_per_epoch: int
-    num_examples: int
     batch_size: int
     first_position: int
     area: tuple[float, float]
@@ -290,14 +299,15 @@ class _TrainingParts(Parts):
     def __len__(self) -> int:
         return self.num_steps * self.parts_per_batch
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Part:
         batch, own = self.place(index)
         epoch, step = divmod(self.first_step + batch, self.steps_per_epoch)
         first = step * self.batch_size + self.first_position
         places = range(first + own.start, first + own.stop)
         boxes = [_random_box(self.seed, epoch, place, self.area, self.ratio) for place in places]
         order = _epoch_order(self.seed, epoch, self.num_examples)
-        return self.reader.examples(order[places.start : places.stop], boxes, quick=True)
+        rows = order[places.start : places.stop]
+        return self.reader.examples(rows, boxes, self.num_examples, quick=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -315,11 +325,12 @@ class _CentralParts(Parts):
     def __len__(self) -> int:
         return len(self.rows) * self.parts_per_batch
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Part:
         batch, own = self.place(index)
         rows = self.rows[batch, own]
         box_of = functools.partial(views.central_box, fraction=self.fraction)
-        return self.reader.examples(rows, [box_of] * len(rows), quick=False)
+        boxes = [box_of] * len(rows)
+        return self.reader.examples(rows, boxes, self.num_examples, quick=False)
 
 
 def _raw_bits(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
@@ -352,24 +363,17 @@ def _local_batch(batch_size: int, process_index: int, process_count: int) -> int
     return batch_size // process_count
 
 
-def _joined(parts: Parts, workers: int) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """Give whole batches out of their parts."""
-    with contextlib.closing(read_ahead(parts, workers)) as read:
-        for _ in range(len(parts) // parts.parts_per_batch):
-            yield _concatenated(itertools.islice(read, parts.parts_per_batch))
-
-
-def _concatenated(
-    parts: Iterable[tuple[np.ndarray, np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return parts as one; in a function, because a part may hold shared memory while it lives."""
-    images, labels = zip(*parts, strict=True)
-    return np.concatenate(images), np.concatenate(labels)
+def _without_sound(
+    batches: Generator[Batch, None, None],
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+    with contextlib.closing(batches):
+        for images, labels, _ in batches:
+            yield images, labels
 
 
 def _with_mask(
-    batches: Generator[tuple[np.ndarray, np.ndarray], None, None], mask: np.ndarray
+    batches: Generator[Batch, None, None], mask: np.ndarray
 ) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray], None, None]:
     with contextlib.closing(batches):
-        for (images, labels), counts in zip(batches, mask, strict=True):
-            yield images, labels, counts
+        for (images, labels, sound), counts in zip(batches, mask, strict=True):
+            yield images, labels, counts * sound.astype(np.float32)

@@ -22,6 +22,7 @@ from cpnas_jax.models.initial import draw_kernels
 from cpnas_jax.models.operations import Preprocess, make_operation
 from cpnas_jax.models.recompute import apply_recomputed
 from cpnas_jax.models.space import CELL_TYPES, EDGES, NUM_INPUTS, NUM_NODES, OPERATIONS
+from cpnas_jax.models.watch import COLLECTION
 
 STEMS = ("cifar", "imagenet")
 """`cifar`: a 3x3 convolution to 3 C channels. `imagenet`: three of stride 2, to C channels."""
@@ -344,7 +345,7 @@ class Network(nn.Module):
             if stretch.length > 1:
                 cell = nn.scan(
                     Cell,
-                    variable_axes={"params": 0, "batch_stats": 0},
+                    variable_axes={"params": 0, "batch_stats": 0, COLLECTION: 0},
                     split_rngs={"params": True, "drop_path": True},
                     in_axes=nn.broadcast,
                     length=stretch.length,

@@ -91,7 +91,7 @@ def _template(settings: SupernetSettings, image_shape: tuple[int, int, int]) -> 
     cells = []
     for shape in cell_shapes(settings):
         cell: Params = {
-            f"preprocess{i}": _module_params(_preprocess(shape, i, settings.operations), inputs[i])
+            f"preprocess{i}": _module_params(preprocess(shape, i, settings.operations), inputs[i])
             for i in range(2)
         }
         cell["edges"] = {
@@ -110,7 +110,8 @@ def _template(settings: SupernetSettings, image_shape: tuple[int, int, int]) -> 
     }
 
 
-def _preprocess(shape: CellShape, position: int, settings: OperationSettings) -> Preprocess:
+def preprocess(shape: CellShape, position: int, settings: OperationSettings) -> Preprocess:
+    """Return the module that one of a cell's two inputs goes through."""
     return Preprocess(shape.channels, position == 0 and shape.reduce_first_input, settings)
 
 
@@ -171,7 +172,7 @@ def apply(
         choices = architecture[CELL_TYPES.index(shape.kind)]
         inputs = [
             apply_module(
-                _preprocess(shape, i, settings.operations), cell[f"preprocess{i}"], x, binary
+                preprocess(shape, i, settings.operations), cell[f"preprocess{i}"], x, binary
             )
             for i, x in enumerate((previous, current))
         ]

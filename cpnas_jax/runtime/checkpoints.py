@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from cpnas_jax.runtime import processes
+from cpnas_jax.runtime import processes, stall
 from cpnas_jax.runtime.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -144,7 +144,8 @@ class Checkpoints:
         Raises:
             UserError: this save or the one before cannot be written.
         """
-        processes.first_alone(lambda: self._save(step, state, record))
+        with stall.waiting(f"checkpoint {step} to be saved in {self._directory}"):
+            processes.first_alone(lambda: self._save(step, state, record))
 
     def _save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         host = jax.tree.map(np.asarray, state)
@@ -217,7 +218,8 @@ class Checkpoints:
                 return None
             return newest.step, jax.tree.leaves(newest.state), newest.record
 
-        found = processes.from_first(told)
+        with stall.waiting(f"a checkpoint to be read from {self._directory}"):
+            found = processes.from_first(told)
         if found is None:
             return None
         step, leaves, record = found
@@ -257,6 +259,21 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
+
+    def last_good(self, held: dict[int, str]) -> str:
+        """Finish the save under way; name the newest checkpoint, for the error that ends a run.
+
+        Args:
+            held: number -> what that checkpoint holds, in words, as far as it is known.
+        """
+        # It is not this save's failure that the run ends with.
+        with contextlib.suppress(UserError):
+            self.wait()
+        steps = self.steps()
+        if not steps:
+            return "no checkpoint was written yet"
+        told = f"the last good checkpoint is {self._directory / str(steps[-1])}"
+        return f"{told}, {held[steps[-1]]}" if steps[-1] in held else told
 
     def forget_above(self, step: int) -> None:
         """Delete every checkpoint with a number above `step`."""
@@ -334,7 +351,8 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written.
         """
-        processes.first_alone(self._wait)
+        with stall.waiting(f"the last save in {self._directory}"):
+            processes.first_alone(self._wait)
 
     def _wait(self) -> None:
         with self._writing():
@@ -346,7 +364,8 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written.
         """
-        processes.first_alone(self._close)
+        with stall.waiting(f"the last save in {self._directory}"):
+            processes.first_alone(self._close)
 
     def _close(self) -> None:
         try:

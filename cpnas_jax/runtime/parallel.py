@@ -8,10 +8,13 @@ import numpy as np
 from flax import jax_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cpnas_jax.runtime import processes
+from cpnas_jax.runtime import processes, stall
 
 AXIS = "devices"
 """Axis of all devices of all processes in a pmapped function."""
+
+
+_DEVICES = "the devices to compute, in a step those of all processes"
 
 
 def local_positions() -> list[int]:
@@ -33,7 +36,8 @@ def to_host(tree: Any) -> Any:
         # The shard itself: indexing the whole array would compile a slice for every shape.
         return np.asarray(array.addressable_shards[0].data)[0]
 
-    return jax.tree.map(first, tree)
+    with stall.waiting(_DEVICES):
+        return jax.tree.map(first, tree)
 
 
 def pmap_donated(function: Callable[..., Any]) -> Any:
@@ -59,12 +63,14 @@ class Program:
 
     def __init__(self, function: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> None:
         """Compile for arguments like these, with options of XLA."""
-        self._compiled = function.lower(*_over_all_devices(arguments)).compile(options)
+        with stall.waiting("the compiler"):
+            self._compiled = function.lower(*_over_all_devices(arguments)).compile(options)
         processes.meet("program compiled")
 
     def __call__(self, *arguments: Any) -> Any:
         """Run on all devices; to be called by all processes."""
-        return self._compiled(*_over_all_devices(arguments))
+        with stall.waiting(_DEVICES):
+            return self._compiled(*_over_all_devices(arguments))
 
     def temporary_bytes(self) -> int:
         """Return what a device needs beside arguments and results."""

@@ -11,7 +11,7 @@ import os
 import pickle
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
+from cpnas_jax.runtime import stall
 from cpnas_jax.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -137,10 +138,12 @@ def from_first(function: Callable[[], T]) -> T:
             outcome = (None, error)
         finally:
             _first_calls = False
-        _tell(pickle.dumps(outcome))
+        with stall.waiting("the other processes"):
+            _tell(pickle.dumps(outcome))
         result, raised = outcome
     else:
-        result, raised = pickle.loads(_tell(b""))
+        with stall.waiting("process 0"):
+            result, raised = pickle.loads(_tell(b""))
     if raised is not None:
         raise _everywhere(raised)
     return result
@@ -158,21 +161,53 @@ def first_alone(function: Callable[[], object]) -> None:
 def first_before_others(function: Callable[[], T]) -> T:
     """Call a function in every process, in the others once it is done in the first.
 
-    For what the first one prepares where the others find it.
+    For what the first one prepares where the others find it. An error of any is raised in all.
     """
     if not several():
         return function()
-    if is_first():
-        done: list[T] = []
-        first_alone(lambda: done.append(function()))
-        return done[0]
-    first_alone(lambda: None)
-    return function()
+    done: list[T] = []
+    first_alone(lambda: done.append(function()))
+    return together(lambda: done[0] if done else function())
 
 
-def _tell(data: bytes) -> bytes:
-    """Return the first process' bytes in all."""
-    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
+def together(function: Callable[[], T]) -> T:
+    """Call a function in every process; where it fails in one, raise that error in all."""
+    result: list[T] = []
+    failed: Exception | None = None
+    try:
+        result.append(function())
+    except Exception as error:
+        if not several():
+            raise
+        failed = error
+    share_error(failed)
+    return result[0]
+
+
+def share_error(error: Exception | None) -> None:
+    """Raise the error of the first process that has one in all; to be called by all.
+
+    Where some have none, the message says which one it is from.
+    """
+    if not several():
+        if error is not None:
+            raise error
+        return
+    failed = _gathered("whether all could go on", np.asarray(error is not None))
+    if not failed.any():
+        return
+    source = int(np.argmax(failed))
+    if jax.process_index() == source and isinstance(error, UserError) and not failed.all():
+        error = UserError(f"{name()}: {error}")
+    raise _everywhere(pickle.loads(_tell(pickle.dumps(error), source)))
+
+
+def _tell(data: bytes, source: int = 0) -> bytes:
+    """Return the bytes of a process, of the first usually, in all."""
+    is_source = jax.process_index() == source
+    length = int(
+        multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32), is_source=is_source)
+    )
     # Few lengths, because the broadcast is compiled for each.
     piece = min(_LONGEST_PIECE, max(1024, 1 << max(0, length - 1).bit_length()))
     told = bytearray()
@@ -180,7 +215,9 @@ def _tell(data: bytes) -> bytes:
         part = np.zeros(piece, np.uint8)
         own = np.frombuffer(data[offset : offset + piece], np.uint8)
         part[: len(own)] = own
-        told += np.asarray(multihost_utils.broadcast_one_to_all(part)).tobytes()
+        told += np.asarray(
+            multihost_utils.broadcast_one_to_all(part, is_source=is_source)
+        ).tobytes()
     return bytes(told[:length])
 
 
@@ -191,7 +228,8 @@ def meet(place: str) -> None:
     CPUs that is used for the first time waits for 30 seconds only.
     """
     if several():
-        multihost.sync_global_processes(place, timeout=3600)
+        with stall.waiting(f"the other processes at {place!r}"):
+            multihost.sync_global_processes(place, timeout=3600)
 
 
 def require_agreement(when: str, **values: Any) -> None:
@@ -207,7 +245,7 @@ def require_agreement(when: str, **values: Any) -> None:
     if not several():
         return
     digests = np.stack([_digest(value) for value in values.values()])
-    gathered = np.asarray(multihost_utils.process_allgather(digests))
+    gathered = _gathered(f"what they have at {when}", digests)
     for number, name in enumerate(values):
         others = [
             str(process)
@@ -228,7 +266,31 @@ def any_process(flag: bool) -> bool:
     """Tell whether a flag is set in any process; to be called by all."""
     if not several():
         return flag
-    return bool(np.asarray(multihost_utils.process_allgather(np.asarray(flag))).any())
+    return bool(_gathered("whether they go on", np.asarray(flag)).any())
+
+
+def _gathered(what: str, own: np.ndarray) -> np.ndarray:
+    """Return arrays of one shape from all processes, stacked."""
+    with stall.waiting(f"the other processes to say {what}"):
+        return np.asarray(multihost_utils.process_allgather(own))
+
+
+def union(numbers: Iterable[int], what: str) -> set[int]:
+    """Return the numbers, from 0 to 2**31 - 1, that any process gives; to be called by all.
+
+    Args:
+        numbers: of this process.
+        what: they are, for who waits for them.
+    """
+    own = set(numbers)
+    if not several():
+        return own
+    longest = int(np.max(_gathered(what, np.asarray(len(own), np.int32))))
+    if not longest:
+        return own
+    padded = np.full(longest, -1, np.int32)
+    padded[: len(own)] = sorted(own)
+    return set(np.unique(_gathered(what, padded)).tolist()) - {-1}
 
 
 def _digest(value: Any) -> np.ndarray:
@@ -264,7 +326,7 @@ def require_shared(directory: epath.Path) -> None:
         sees = (directory / token).exists()
     except OSError:
         sees = False
-    seen = np.asarray(multihost_utils.process_allgather(np.asarray(sees)))
+    seen = _gathered("whether they see the workdir", np.asarray(sees))
     first_alone((directory / token).unlink)
     if not seen.all():
         blind = ", ".join(str(process) for process in np.flatnonzero(~seen))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from cpnas_jax.runtime import stall
 from cpnas_jax.runtime.checkpoints import Checkpoints, digest
 from cpnas_jax.runtime.errors import UserError
 
@@ -55,6 +56,31 @@ def saved(tmp_path):
         checkpoints.save(step, tree(step), {"position": step, "lines": [{"z": 0.1 + step}]})
     checkpoints.close()
     return tmp_path
+
+
+def test_what_is_waited_for_is_known(tmp_path, monkeypatch):
+    named, wait = [], stall.waiting
+    monkeypatch.setattr(stall, "waiting", lambda what: named.append(what) or wait(what))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(7, tree(1), {})
+        checkpoints.wait()
+        checkpoints.restore_newest(tree(1))
+    assert named == [
+        f"checkpoint 7 to be saved in {tmp_path}",
+        f"the last save in {tmp_path}",
+        f"a checkpoint to be read from {tmp_path}",
+        f"the last save in {tmp_path}",
+    ]
+
+
+def test_the_last_good_one_is_named(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.last_good({}) == "no checkpoint was written yet"
+        for step in (3, 5):
+            checkpoints.save(step, tree(step), {})
+        told = f"the last good checkpoint is {tmp_path / '5'}"
+        assert checkpoints.last_good({3: "early"}) == told
+        assert checkpoints.last_good({3: "early", 5: "after epoch 5"}) == f"{told}, after epoch 5"
 
 
 def restore(directory, like=None):

@@ -48,6 +48,17 @@ prepared = directory / "prepared"
 processes.first_before_others(lambda: prepared.exists() or prepared.write_text(str(index)))
 found["prepared"] = prepared.read_text()
 
+def in_the_second():
+    if index == 1:
+        raise UserError("mistake of 1")
+    return index
+
+found["one"] = refusal(lambda: processes.together(in_the_second))
+found["each"] = refusal(lambda: processes.together(mistake))
+found["after the first"] = refusal(lambda: processes.first_before_others(in_the_second))
+found["none"] = [processes.together(lambda: index), processes.first_before_others(lambda: index)]
+own_numbers = [[{7, 20, 3}, {20}], [set(), set()], [set(), {2**31 - 1, 0}]]
+found["union"] = [sorted(processes.union(numbers[index], "theirs")) for numbers in own_numbers]
 found["any"] = [processes.any_process(index == 1), processes.any_process(False)]
 same = {"a": np.arange(3), "b": {"c": 1.5, "d": [True, None]}}
 found["agreement"] = refusal(lambda: processes.require_agreement("now", **same))
@@ -96,6 +107,19 @@ def test_errors_are_raised_in_both(two):
     assert two[0]["os error"][0] == "FileNotFoundError"
 
 
+def test_an_error_of_one_is_raised_in_both(two):
+    for index, found in enumerate(two):
+        assert found["one"] == ["UserError", "process 1 of 2: mistake of 1", True]
+        assert found["after the first"] == found["one"]
+        assert found["each"] == ["UserError", "mistake of 0", True]
+        assert found["none"] == [index, index]
+
+
+def test_both_have_the_numbers_that_either_has(two):
+    for found in two:
+        assert found["union"] == [[3, 7, 20], [], [0, 2**31 - 1]]
+
+
 def test_disagreement_is_named(two):
     for found in two:
         assert found["agreement"] is None
@@ -117,6 +141,12 @@ def test_alone_a_process_just_calls(tmp_path):
     assert not processes.several()
     assert processes.from_first(lambda: 3) == 3
     assert processes.first_before_others(lambda: 4) == 4
+    assert processes.together(lambda: 5) == 5
+    assert processes.union([3, 1, 3], "theirs") == {1, 3}
+    processes.share_error(None)
+    for raising in (lambda: processes.together(refuse), lambda: processes.share_error(OSError())):
+        with pytest.raises((UserError, OSError)):
+            raising()
     assert processes.any_process(True)
     processes.require_agreement("now", a=np.zeros(3))
     processes.require_shared(tmp_path)

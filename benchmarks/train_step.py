@@ -46,7 +46,8 @@ from cpnas_jax.models import layers, network
 from cpnas_jax.models.blocks import OperationSettings
 from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.parallel import pmap_donated, replicate, to_host
-from cpnas_jax.train_step import LossSettings, StepSettings, TrainState, make_batch_step
+from cpnas_jax.runtime.shards import Shards
+from cpnas_jax.train_step import LossSettings, Shard, StepSettings, TrainState, make_batch_step
 
 FORMS = ("jax", "pytorch")
 NUM_CLASSES = 10
@@ -120,7 +121,7 @@ def step_settings(settings: network.NetworkSettings, batch: int) -> StepSettings
         drop_path=0.0,
         average_decay=0.0,
         batch_size=batch,
-        num_devices=1,
+        shards=Shards(1),
         crop_padding=0,
         flip=False,
         color_jitter=0.0,
@@ -198,7 +199,10 @@ class Benchmark:
 
         def block(state, images, labels, steps):
             def body(_, carry):
-                state, metrics = batch_step(carry[0], images, labels, jax.random.key(0))
+                whole = Shard(images, labels, jnp.arange(flags.batch, dtype=jnp.int32))
+                state, metrics = batch_step(
+                    carry[0], lambda _: whole, jax.random.key(0), jnp.int32(1)
+                )
                 return state, metrics["loss"]
 
             return jax.lax.fori_loop(jnp.int32(0), steps, body, (state, jnp.float32(0)))

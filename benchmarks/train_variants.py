@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from cpnas_jax.models.blocks import Levers
 
@@ -86,14 +87,21 @@ def train(base: Path, keys: dict[str, object], core: int) -> dict[str, float]:
     return {"top1": results["test"]["top1"], "seconds": results["seconds"]}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Return mean, least, largest and number."""
+def spread(values: list[float]) -> dict[str, Any]:
+    """Return mean, least, largest, number and, in the order of the seeds, the values."""
     return {
         "mean": statistics.mean(values),
         "least": min(values),
         "largest": max(values),
         "n": len(values),
+        "values": values,
     }
+
+
+def spread_text(found: dict[str, Any], sign: str = "") -> str:
+    """Return mean [least, largest] of a `spread`; `sign` "+" writes it of every number."""
+    mean, least, largest = (f"{found[key]:{sign}.3f}" for key in ("mean", "least", "largest"))
+    return f"{mean} [{least}, {largest}]"
 
 
 def parse_flags() -> argparse.Namespace:
@@ -158,23 +166,27 @@ def main() -> None:
         name: [found for (own, _), found in zip(wanted, runs, strict=True) if own == name]
         for name in chosen
     }
+    first = of[next(iter(chosen))]
     result = {
         "benchmark": f"train_variants {flags.subject}",
         "top1": {name: spread([run["top1"] for run in found]) for name, found in of.items()},
+        # Of the same seeds.
+        "difference": {
+            name: spread(
+                [one["top1"] - other["top1"] for one, other in zip(found, first, strict=True)]
+            )
+            for name, found in of.items()
+        },
         "seconds": {name: spread([run["seconds"] for run in found]) for name, found in of.items()},
         "budget": budget,
         "cores": len(available),
         "python": platform.python_version(),
     }
-    print(f"{'':44}{'top-1: mean [least, largest]':>30}{'paired difference':>20}")
-    first = of[next(iter(chosen))]
-    for name, found in of.items():
-        top1 = result["top1"][name]
-        difference = statistics.mean(
-            one["top1"] - other["top1"] for one, other in zip(found, first, strict=True)
-        )
-        text = f"{top1['mean']:.3f} [{top1['least']:.3f}, {top1['largest']:.3f}]"
-        print(f"{name:44}{text:>30}{difference:>+20.3f}")
+    heads = ("top-1: mean [least, largest]", "paired difference")
+    print(f"{'':44}{heads[0]:>30}{heads[1]:>30}")
+    for name in of:
+        top1, difference = result["top1"][name], result["difference"][name]
+        print(f"{name:44}{spread_text(top1):>30}{spread_text(difference, '+'):>30}")
     print(json.dumps(result))
 
 

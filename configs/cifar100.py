@@ -11,6 +11,6 @@ from cpnas_jax.config import apply_argument, base_config
 def get_config(argument: str | None = None) -> config_dict.ConfigDict:
     """Return the config of `mode,size,plus,smoke`, see `config.apply_argument`."""
     config = base_config()
-    config.dataset.name = "cifar100"
+    config.dataset.name = "cifar100"  # [ours]
     apply_argument(config, argument, default_mode="search")
     return config

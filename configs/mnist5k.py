@@ -20,14 +20,14 @@ SIZES = {
 def get_config(argument: str | None = None) -> config_dict.ConfigDict:
     """Return the config of `mode,size,plus,smoke`, see `config.apply_argument`."""
     config = base_config()
-    config.dataset.update(
+    config.dataset.update(  # all of it [ours]
         name="mnist5k",
         image_size=14,  # means of 2x2 pixels
         crop_padding=1,
         flip=False,  # a mirrored digit is another sign
         cutout=0,
     )
-    config.search.update(
+    config.search.update(  # all of it [ours]
         examples=2000,  # of 4,000: enough to search in a few minutes
         rounds=1,  # T
         cells=3,
@@ -38,16 +38,16 @@ def get_config(argument: str | None = None) -> config_dict.ConfigDict:
         learning_rate=0.05,
         child_optimizer="adam",
         child_learning_rate=0.005,
-        edge_policy="top2",  # 8 edges a cell train in half the time of 14 [kin]
+        edge_policy="top2",  # 8 edges a cell train in half the time of 14, as its kin have it
     )
-    config.network.update(
+    config.network.update(  # all of it [ours]
         cells=3,
         channels=16,
         drop_path=0.0,  # this child underfits
         auxiliary=False,
         **dict.fromkeys(PLUS, True),
     )
-    config.train.update(
+    config.train.update(  # all of it [ours]
         epochs=40,
         batch_size=50,
         learning_rate=1.5e-2,  # a tenth learns half as fast here

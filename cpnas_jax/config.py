@@ -28,13 +28,14 @@ What each gives is measured in docs/results.md.
 def base_config() -> config_dict.ConfigDict:
     """Return all keys with the values of the CIFAR-10 search."""
     config = config_dict.ConfigDict()
-    config.mode = "search"  # what to run, one of MODES
-    config.seed = 0  # decides data parts, order, augmentation, weights and permutations
+    config.mode = "search"  # what to run, one of MODES [ours]
+    config.seed = 0  # decides data parts, order, augmentation, weights and permutations [ours]
 
-    # What to train: a genotype file, or a name of architecture/named.py; "" is the workdir's own.
+    # What to train: a genotype file, or a name of architecture/named.py; "" is the workdir's own
+    # [ours].
     config.genotype = ""
 
-    config.dataset = dataset = config_dict.ConfigDict()
+    config.dataset = dataset = config_dict.ConfigDict()  # [ours], but for what is said below
     dataset.name = "cifar10"  # a tfds image classification set, or mnist5k
     dataset.data_dir = ""  # where tfds keeps prepared sets; "" is TFDS_DATA_DIR or tfds' default
     dataset.image_size = 0  # resize to this many pixels a side; 0 keeps the stored size
@@ -51,7 +52,7 @@ def base_config() -> config_dict.ConfigDict:
     search.strategy = "cp"  # Algorithm 9 [paper]
     search.beta_p = 2.0  # eq. 4.15; 2 is the best of the paper's ablation [paper]
     search.rounds = 3  # T, rounds of a stage [kin]
-    search.examples = 0  # use so many of the train split, an equal share a class; 0 uses all
+    search.examples = 0  # use so many of the train split, an equal share a class; 0: all [ours]
     search.validation_fraction = 0.5  # of them, for scoring [kin]
     search.operations = OPERATIONS  # the K operations every edge starts with [paper]
     search.cells = 6  # [kin]
@@ -72,7 +73,7 @@ def base_config() -> config_dict.ConfigDict:
     config.network = network = config_dict.ConfigDict()
     network.cells = 10  # of the discrete network; reductions at 1/3 and 2/3 of the depth [ours]
     network.channels = 100  # C of the first cell; with top2 edges 10 to 11 M parameters [ours]
-    network.precision = "binary"  # binary: the 1-bit child; float: the parent
+    network.precision = "binary"  # binary: the 1-bit child [paper]; float: the parent
     network.stem = "cifar"  # cifar: a 3x3 convolution; imagenet: three of stride 2 [kin]
     network.auxiliary = True  # auxiliary classifier after cell 2L // 3 [kin]
     network.drop_path = 0.2  # its rate at the end of training, from 0 [kin]
@@ -84,11 +85,11 @@ def base_config() -> config_dict.ConfigDict:
     network.prelu = False  # PReLU after the BN of a unit [kin]
     network.first_norm = False  # BN before a unit's first sign [kin]
     network.real_depthwise = False  # depthwise convolutions see real activations [kin]
-    network.learnable_sign = False  # a threshold for each channel's sign (ReActNet)
-    network.learnable_prelu = False  # PReLU with shifts for each channel (ReActNet)
+    network.learnable_sign = False  # a threshold for each channel's sign, of ReActNet [ours]
+    network.learnable_prelu = False  # PReLU with shifts for each channel, of ReActNet [ours]
 
     config.train = train = config_dict.ConfigDict()
-    train.examples = 0  # as search.examples; of a stream the first so many
+    train.examples = 0  # as search.examples; of a stream the first so many [ours]
     train.epochs = 600  # [paper]
     train.batch_size = 128  # global, over all devices [paper]
     train.learning_rate = 1e-3  # of the child, by Adam; cosine to 0 [kin]
@@ -126,6 +127,10 @@ def base_config() -> config_dict.ConfigDict:
     runtime.checkpoint_every = 0  # training steps between checkpoints; 0: every epoch
     runtime.formulation = "auto"  # of depthwise convolution and pooling, by the backend
     runtime.optimization_level = 3  # of LLVM on a CPU; 1 compiles a quarter faster
+    runtime.synchronise_statistics = True  # BN by the whole batch, not by each device's part
+    # V > 0: every batch in V shards, added up in their order, for the same bits on any number of
+    # devices that divides V; a shard has its own BN statistics. 0: as fast as it goes.
+    runtime.deterministic = 0
     runtime.compilation_cache = True  # keep compiled programs in ~/.cache/cpnas_jax between runs
     return config.lock()
 
@@ -266,12 +271,8 @@ def keys_hash(keys: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
-    """Check every key against its rule, and the keys against each other.
-
-    Args:
-        config: to be checked.
-        num_devices: over all processes; they share each batch.
+def check_values(config: config_dict.ConfigDict) -> None:
+    """Check every key against its rule.
 
     Raises:
         UserError: the first bad key, its value and what would be right.
@@ -287,6 +288,19 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
             value = value[part]
         if not rule.test(value):
             raise UserError(f"config.{key} is {value!r}; it must be {rule.words}")
+
+
+def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
+    """Check every key against its rule, and the keys against each other.
+
+    Args:
+        config: to be checked.
+        num_devices: over all processes; they share each batch.
+
+    Raises:
+        UserError: the first bad key, its value and what would be right.
+    """
+    check_values(config)
     if config.genotype and config.mode in ("search", "pipeline"):
         raise UserError(
             f"config.genotype is {config.genotype!r}; with the mode {config.mode}, which searches "
@@ -318,11 +332,23 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
     searched = ("search.batch_size", "search.score_batch_size")
     trained = ("train.batch_size", "evaluate.batch_size")
     used = {"search": searched, "train": trained, "evaluate": trained, "summary": ()}
+    shards = config.runtime.deterministic
+    if shards % num_devices:
+        raise UserError(
+            f"config.runtime.deterministic is {shards}; it must be a multiple of the "
+            f"{num_devices} devices that share the shards, or 0"
+        )
     for key in used.get(config.mode, searched + trained):
         section, name = key.split(".")
-        if config[section][name] % num_devices:
+        value = config[section][name]
+        if shards and value % shards:
             raise UserError(
-                f"config.{key} is {config[section][name]}; it must be a multiple of the "
+                f"config.{key} is {value}; it must be a multiple of "
+                f"config.runtime.deterministic={shards}, the shards it is cut into"
+            )
+        if value % num_devices:
+            raise UserError(
+                f"config.{key} is {value}; it must be a multiple of the "
                 f"{num_devices} devices that share it"
             )
 

@@ -153,6 +153,9 @@ RULES = {
     "runtime.keep_checkpoints": _integer(1),
     "runtime.formulation": _one_of(FORMULATIONS),
     "runtime.optimization_level": _one_of((0, 1, 2, 3)),
+    "runtime.synchronise_statistics": _boolean(),
+    # Every shard's gradient is held by every device.
+    "runtime.deterministic": _integer(0, 1024),
     "runtime.compilation_cache": _boolean(),
 }
 

@@ -19,7 +19,7 @@ from cpnas_jax.data.order import scoring_indices
 from cpnas_jax.models.losses import cross_entropy_sum
 from cpnas_jax.models.network import Network, NetworkSettings, Outputs
 from cpnas_jax.runtime.errors import UserError
-from cpnas_jax.runtime.parallel import AXIS
+from cpnas_jax.runtime.shards import Shards
 
 TOP = 5
 
@@ -96,23 +96,22 @@ def _counted(
 
 
 def make_evaluation_call(
-    settings: NetworkSettings, num_examples: int, batch_size: int, num_devices: int
-) -> Callable[[Any, Examples], dict[str, jax.Array]]:
+    settings: NetworkSettings, num_examples: int, batch_size: int, shards: Shards
+) -> Callable[[Any, Examples, jax.Array], dict[str, jax.Array]]:
     """Return the function of one device that counts answers over a split; to be pmapped.
 
-    It takes {"params", "batch_stats"} and the split, and returns counts over all devices: `top5`
-    int32[], `loss` f32[] (a sum), `confusion` int32[classes, classes].
+    It takes {"params", "batch_stats"}, the split, and the passes of `Shards.combine`; it returns
+    counts over all devices: `top5` int32[], `loss` f32[] (a sum), `confusion`
+    int32[classes, classes].
     """
     indices, mask = scoring_indices(num_examples, batch_size)
-    per_device = batch_size // num_devices
-    rows_of = indices.reshape(-1, num_devices, per_device)
-    mask_of = mask.reshape(-1, num_devices, per_device)
+    rows_of = indices.reshape(-1, shards.count, batch_size // shards.count)
+    mask_of = mask.reshape(rows_of.shape)
     network = Network(settings)
 
-    def evaluation_call(variables: Any, examples: Examples) -> dict[str, jax.Array]:
-        device = lax.axis_index(AXIS)
-        rows, masks = jnp.asarray(rows_of)[:, device], jnp.asarray(mask_of)[:, device]
-
+    def evaluation_call(
+        variables: Any, examples: Examples, passes: jax.Array
+    ) -> dict[str, jax.Array]:
         def batch(sums: dict[str, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
             row, counts = part
             own = dataclasses.replace(
@@ -120,25 +119,40 @@ def make_evaluation_call(
             )
             return _counted(network, variables, sums, own, counts), None
 
-        sums, _ = lax.scan(batch, _zeros(settings.num_classes), (rows, masks))
-        return lax.psum(sums, AXIS)
+        def of_shard(shard: jax.Array) -> tuple[None, dict[str, jax.Array]]:
+            parts = jnp.asarray(rows_of)[:, shard], jnp.asarray(mask_of)[:, shard]
+            sums, _ = lax.scan(batch, _zeros(settings.num_classes), parts)
+            return None, sums
+
+        _, sums = shards.combine(of_shard, passes)
+        return sums
 
     return evaluation_call
 
 
 def make_batch_evaluation_call(
-    settings: NetworkSettings,
-) -> Callable[[Any, Examples, jax.Array], dict[str, jax.Array]]:
+    settings: NetworkSettings, shards: Shards
+) -> Callable[[Any, Examples, jax.Array, jax.Array], dict[str, jax.Array]]:
     """Return the function of one device that counts its answers on a batch; to be pmapped.
 
-    It takes {"params", "batch_stats"}, the device's part of the batch and a mask f32[n], and
-    returns the counts of `make_evaluation_call`, of this batch.
+    It takes {"params", "batch_stats"}, the device's part of the batch, a mask f32[n], and the
+    passes of `Shards.combine`; it returns the counts of `make_evaluation_call`, of this batch.
     """
     network = Network(settings)
 
-    def batch_call(variables: Any, batch: Examples, counts: jax.Array) -> dict[str, jax.Array]:
-        sums = _counted(network, variables, _zeros(settings.num_classes), batch, counts)
-        return lax.psum(sums, AXIS)
+    def batch_call(
+        variables: Any, batch: Examples, counts: jax.Array, passes: jax.Array
+    ) -> dict[str, jax.Array]:
+        def of_shard(shard: jax.Array) -> tuple[None, dict[str, jax.Array]]:
+            images, labels, own_counts = shards.local_rows(
+                (batch.images, batch.labels, counts), shard
+            )
+            own = dataclasses.replace(batch, images=images, labels=labels)
+            zeros = _zeros(settings.num_classes)
+            return None, _counted(network, variables, zeros, own, own_counts)
+
+        _, sums = shards.combine(of_shard, passes)
+        return sums
 
     return batch_call
 

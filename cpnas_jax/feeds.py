@@ -20,6 +20,7 @@ from cpnas_jax.data.datasets import Split, channel_statistics, limit_examples, l
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.stream import Stream, open_stream, placed_ahead
 from cpnas_jax.models.network import NetworkSettings
+from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.parallel import (
     pmap_donated,
@@ -27,6 +28,7 @@ from cpnas_jax.runtime.parallel import (
     replicate,
     to_host,
 )
+from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.train_step import (
     BatchStep,
     StepSettings,
@@ -46,7 +48,14 @@ DEPTH = 2
 """Batches that are on the devices before they are asked for."""
 
 _ZERO = np.zeros((), np.int32)
-_CALL = TrainCall(epoch=_ZERO, first_step=_ZERO, num_steps=_ZERO, key=np.zeros(2, np.uint32))
+_CALL = TrainCall(
+    epoch=_ZERO,
+    first_step=_ZERO,
+    num_steps=_ZERO,
+    stop=_ZERO,
+    passes=_ZERO,
+    key=np.zeros(2, np.uint32),
+)
 """What a call looks like, to compile for it."""
 
 
@@ -111,7 +120,13 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
     Raises:
         UserError: see the errors of the data; a stream without `dataset.image_size`.
     """
+    # The first process may have to prepare what the others read.
+    return processes.first_before_others(lambda: _opened(config))
+
+
+def _opened(config: config_dict.ConfigDict) -> Feed:
     dataset, split = config.dataset, config.evaluate.split
+    shards = Shards(jax.device_count(), config.runtime.deterministic)
     if dataset.stream:
         if not dataset.image_size:
             raise UserError(
@@ -126,19 +141,24 @@ def open_feed(config: config_dict.ConfigDict) -> Feed:
                 (split, "evaluate", "evaluate.examples"),
             )
         ]
-        return StreamFeed(streams[0], streams[1], config)
+        return StreamFeed(streams[0], streams[1], config, shards)
     options = (dataset.data_dir or None, dataset.image_size or None)
     train, test = (load_split(dataset.name, name, *options) for name in ("train", split))
     return ResidentFeed(
         limit_examples(train, config.train.examples, config.seed, "train.examples"),
         limit_examples(test, config.evaluate.examples, config.seed, "evaluate.examples"),
+        shards,
     )
+
+
+def _passes(shards: Shards) -> jax.Array:
+    return replicate(np.asarray(shards.passes, np.int32))
 
 
 class ResidentFeed:
     """Both splits as uint8 in the memory of every device; many steps run in one call."""
 
-    def __init__(self, train: Split, test: Split) -> None:
+    def __init__(self, train: Split, test: Split, shards: Shards) -> None:
         height, width, channels = train.images.shape[1:]
         if test.images.shape[1:] != train.images.shape[1:]:
             sizes = ["x".join(map(str, split.images.shape[1:])) for split in (train, test)]
@@ -153,7 +173,7 @@ class ResidentFeed:
             len(test.labels),
             train.class_names,
         )
-        self._splits = (train, test)
+        self._splits, self._shards = (train, test), shards
         self._train: Examples
         self._test: Examples
 
@@ -195,17 +215,18 @@ class ResidentFeed:
             ("evaluate", settings),
             lambda: pmap_kept(
                 evaluate.make_evaluation_call(
-                    settings, self.facts.num_test, batch_size, jax.device_count()
+                    settings, self.facts.num_test, batch_size, self._shards
                 )
             ),
             variables,
             self._test,
+            _passes(self._shards),
         )
 
     def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
         """Count the answers over the test split in one go."""
         del batch_size
-        return to_host(program(variables, self._test))
+        return to_host(program(variables, self._test, _passes(self._shards)))
 
     def close(self) -> None:
         """Nothing reads ahead here."""
@@ -214,8 +235,10 @@ class ResidentFeed:
 class StreamFeed:
     """Batches that are read, decoded and cropped on the host while the devices work."""
 
-    def __init__(self, train: Stream, test: Stream, config: config_dict.ConfigDict) -> None:
-        self._streams, self._config = (train, test), config
+    def __init__(
+        self, train: Stream, test: Stream, config: config_dict.ConfigDict, shards: Shards
+    ) -> None:
+        self._streams, self._config, self._shards = (train, test), config, shards
         self.facts = Facts(
             train.name,
             train.image_shape,
@@ -310,10 +333,11 @@ class StreamFeed:
         blank = self._blank(batch_size)
         return compiled(
             ("evaluate", settings),
-            lambda: pmap_kept(evaluate.make_batch_evaluation_call(settings)),
+            lambda: pmap_kept(evaluate.make_batch_evaluation_call(settings, self._shards)),
             variables,
             blank,
             np.zeros(blank.labels.shape, np.float32),
+            _passes(self._shards),
         )
 
     def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
@@ -326,7 +350,8 @@ class StreamFeed:
             workers=self._config.dataset.workers,
         )
         counts: list[dict[str, np.ndarray]] = []
+        passes = _passes(self._shards)
         for images, labels, mask in placed_ahead(batches, DEPTH):
             examples = Examples(images, labels, *self._statistics)
-            counts.append(to_host(program(variables, examples, mask)))
+            counts.append(to_host(program(variables, examples, mask, passes)))
         return functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), counts)

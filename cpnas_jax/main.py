@@ -5,11 +5,19 @@ python -m cpnas_jax.main --config=FILE[:WORD,...] --workdir=DIR [--config.KEY=VA
   --config      a file of configs/ and, in any order, what to run (pipeline, search, train,
                 evaluate, summary), the final network's size (small, medium, large), plus (what
                 helps 1-bit networks to train), smoke (shrinks all to a minute)
-  --workdir     directory of the run; the same command resumes
+  --workdir     directory of the run; the same command resumes a run that was stopped or killed
   --config.KEY  any other value of a key, such as --config.search.rounds=1; see cpnas_jax/config.py
+
+Several processes, such as the hosts of a pod, each run this command. On a TPU they find each other;
+elsewhere, or with --distributed=off, by
+
+  --coordinator=HOST:PORT --num_processes=N --process_id=I
+  --distributed auto (default), on (also under Slurm or Open MPI), off
+
+Exit status: 0 done; 1 failed, the reason on stderr; 2 usage; 75 stopped by SIGTERM or Ctrl-C and
+saved: the same command goes on.
 """
 
-import io
 import os
 import signal
 import sys
@@ -17,7 +25,8 @@ from collections.abc import Callable, Sequence
 
 if __name__ == "__main__":
     # Importing takes seconds, in which Ctrl-C would show a traceback.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(75))
 
 from absl import flags
 from ml_collections import config_dict, config_flags
@@ -25,9 +34,9 @@ from ml_collections import config_dict, config_flags
 from cpnas_jax import config as configs
 from cpnas_jax.modes import evaluate_mode, summary_mode
 from cpnas_jax.pipeline import pipeline
-from cpnas_jax.runtime import environment, interruptions
-from cpnas_jax.runtime.checkpoints import silence_orphans
+from cpnas_jax.runtime import environment, interruptions, processes
 from cpnas_jax.runtime.console import Reporter
+from cpnas_jax.runtime.ending import exit_status
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.search import search
 from cpnas_jax.train import train
@@ -44,6 +53,12 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file and mode, such as configs/mnist5k.py:search.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; the same command resumes.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed", "auto", processes.DETECTION, "Whether JAX looks for the other processes itself."
+)
 
 
 def _parse(argv: Sequence[str]) -> None:
@@ -76,44 +91,33 @@ def _parse(argv: Sequence[str]) -> None:
 def run(argv: Sequence[str]) -> None:
     """Parse the flags and run the mode; a mistake raises UserError or flags.Error."""
     _parse(argv)
-    configs.validate(_CONFIG.value, environment.device_count())
-    if _CONFIG.value.runtime.compilation_cache:
+    config, workdir = _CONFIG.value, str(_WORKDIR.value)
+    configs.check_values(config)
+    environment.fix_threads(config.runtime.deterministic)
+    processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
+    with interruptions.handled():
+        _run_mode(config, workdir)
+
+
+def _run_mode(config: config_dict.ConfigDict, workdir: str) -> None:
+    devices = environment.device_count()
+    processes.first_alone(lambda: configs.validate(config, devices))
+    versions = environment.record()["versions"]
+    processes.require_agreement(
+        "the start", config=configs.flatten(config), workdir=workdir, versions=versions
+    )
+    if config.runtime.compilation_cache:
         environment.cache_compiled_programs()
-    with Reporter() as reporter:
-        _MODES[_CONFIG.value.mode](_CONFIG.value, str(_WORKDIR.value), reporter)
-
-
-def _prepare_process() -> None:
-    """Let mistakes be one line each: of orbax, of the terminal's encoding, of Ctrl-C."""
-    silence_orphans()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    interruptions.repeat_lost()
+    with Reporter(quiet=not processes.is_first()) as reporter:
+        _MODES[config.mode](config, workdir, reporter)
 
 
 def main(argv: Sequence[str] = sys.argv) -> int:
-    """Run; return the exit status: 0 done, 1 a mistake or an interruption, 2 usage."""
+    """Run; return the exit status, see the module."""
     if {"-h", "--help", "-help", "--helpshort", "--helpfull"} & set(argv[1:]):
         print(__doc__.rstrip())
         return 0
-    _prepare_process()
-    try:
-        run(argv)
-    except (UserError, flags.Error) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, UserError) else 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command resumes", file=sys.stderr)
-        return 1
-    except OSError as error:
-        shown = " ".join(str(error).split())
-        print(f"error: {shown}; mend that, then the same command resumes", file=sys.stderr)
-        if isinstance(error, BrokenPipeError):
-            # Python would complain at its end that what is left cannot be written.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+    return exit_status(lambda: run(argv))
 
 
 if __name__ == "__main__":

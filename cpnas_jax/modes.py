@@ -78,13 +78,41 @@ def check_trained(config: config_dict.ConfigDict, directory: Workdir, *, binary:
     path, name = _checkpoints(config, directory, binary=binary), directory_name(binary)
     if holds_checkpoints(path):
         return
-    if name in (directory.read_json("results.json") or {}):
+    if _is_finished(directory, name):
         raise UserError(
-            f"{path} holds no checkpoint of the finished training; restore it, or delete "
-            f"{directory.path / name} and {name!r} in {directory.path / 'results.json'}, then run "
-            "the same command with the mode `train`"
+            f"{path} holds no checkpoint of the finished training; restore it, or "
+            f"{_beginning_again(directory, name)}"
         )
     raise UserError(f"{path} holds no checkpoint; run the same command with the mode `train` first")
+
+
+def _is_finished(directory: Workdir, name: str) -> bool:
+    return name in (directory.read_json("results.json") or {})
+
+
+def _beginning_again(directory: Workdir, name: str) -> str:
+    """Say how to train anew what is finished."""
+    return (
+        f"delete {directory.path / name} and {name!r} in {directory.path / 'results.json'}, then "
+        "run the same command with the mode `train`"
+    )
+
+
+def _remedy(config: config_dict.ConfigDict, directory: Workdir, name: str) -> str:
+    """Say what to do about a damaged checkpoint; another one would answer for other weights."""
+    last = config.evaluate.checkpoint == "last"
+    finished = _is_finished(directory, name)
+    if last and not finished:
+        return "the same command with the mode `train` resumes from the one before"
+    other = f"--config.evaluate.checkpoint={'best' if last else 'last'}"
+    if not finished:
+        return f"restore it, or give {other}"
+    return f"restore it, give {other}, or {_beginning_again(directory, name)}"
+
+
+def _epoch(config: config_dict.ConfigDict, results: dict[str, Any]) -> Any:
+    """Return of which epoch the checkpoint is that a finished training is evaluated by."""
+    return results.get("epochs" if config.evaluate.checkpoint == "last" else "best_epoch")
 
 
 def evaluated(config: config_dict.ConfigDict, directory: Workdir, *, binary: bool) -> bool:
@@ -95,7 +123,7 @@ def evaluated(config: config_dict.ConfigDict, directory: Workdir, *, binary: boo
     wanted = {
         "split": config.evaluate.split,
         "checkpoint": config.evaluate.checkpoint,
-        "epoch": trained["epochs" if config.evaluate.checkpoint == "last" else "best_epoch"],
+        "epoch": _epoch(config, trained),
         # `evaluate` may have been asked for fewer in between.
         "examples": trained["test"]["examples"],
     }
@@ -114,7 +142,8 @@ def evaluate_network(
     """Count a trained network's answers; write `evaluation.json` beside its checkpoints.
 
     Raises:
-        UserError: the workdir holds no training of this config.
+        UserError: the workdir holds no training of this config, or the checkpoint that is asked
+            for is damaged; evaluating does not fit on a device.
     """
     check_trained(config, directory, binary=binary)
     name, path = directory_name(binary), _checkpoints(config, directory, binary=binary)
@@ -122,15 +151,26 @@ def evaluate_network(
     settings = network_settings(config, genotype, feed.facts.num_classes, binary=binary)
     trainer = Trainer(config, settings, feed)
     with Checkpoints(path, config.runtime.keep_checkpoints) as checkpoints:
-        found = checkpoints.restore_newest(
-            trainer.initial_state(), training_hash(config, genotype, binary=binary)
+        found = checkpoints.restore_only_newest(
+            trainer.initial_state(),
+            training_hash(config, genotype, binary=binary),
+            _remedy(config, directory, name),
         )
     if found is None:
         raise UserError(f"{path} holds no checkpoint that can be read; train first")
-    trainer.load(found.state)
     position = found.record["position"]
+    results = (directory.read_json("results.json") or {}).get(name)
+    if isinstance(results, dict) and position["epoch"] != _epoch(config, results):
+        raise UserError(
+            f"{path} holds epoch {position['epoch']}, but not epoch {_epoch(config, results)} of "
+            f"the finished training; {_remedy(config, directory, name)}"
+        )
+    trainer.load(found.state)
     # The last epoch of which anything was trained.
-    counted = trainer.evaluate(position["epoch"] - (position["step"] == 0))
+    epoch = position["epoch"] - (position["step"] == 0)
+    trainer.compile_evaluation(epoch)
+    reporter.say(trainer.compiled_text("evaluate"))
+    counted = trainer.evaluate(epoch)
     names = feed.facts.class_names
     value: dict[str, Any] = {
         "split": config.evaluate.split,
@@ -141,4 +181,8 @@ def evaluate_network(
         **counted.to_dict(),
     }
     directory.write_json(f"{name}/evaluation.json", value)
-    reporter.say(evaluation.table(counted, names))
+    steps = f" and {position['step']} steps" if position["step"] else ""
+    reporter.say(
+        f"{config.evaluate.checkpoint} checkpoint, after epoch {position['epoch']}{steps}, on the "
+        f"split {config.evaluate.split}, {evaluation.table(counted, names)}"
+    )

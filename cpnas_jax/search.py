@@ -4,8 +4,6 @@ Reads the train split alone; the test split's file is never opened.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import time
 from typing import Any
@@ -15,69 +13,24 @@ from ml_collections import config_dict
 
 from cpnas_jax import figures
 from cpnas_jax.architecture.alpha import restart, update_alpha
-from cpnas_jax.architecture.edge_policy import Derivation, derive
 from cpnas_jax.architecture.events import sample_line, stage_line
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.indicator import child_parent_score, drop_worst, indicator
-from cpnas_jax.architecture.replay import replay
-from cpnas_jax.architecture.sampling import (
-    LAST_STAGE,
-    all_survivors,
-    num_sampled_epochs,
-    stage_permutations,
-)
+from cpnas_jax.architecture.sampling import LAST_STAGE, num_sampled_epochs, stage_permutations
 from cpnas_jax.config import config_hash, deciding_keys, flatten
 from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
-from cpnas_jax.models.space import CELL_TYPES
 from cpnas_jax.path_optimizer import CHILD, PARENT
-from cpnas_jax.runtime import environment
+from cpnas_jax.runtime import environment, processes
 from cpnas_jax.runtime.checkpoints import Checkpoints, holds_checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.interruptions import Stopped, noted
 from cpnas_jax.runtime.memory import describe
 from cpnas_jax.runtime.workdir import History, Workdir
-from cpnas_jax.search_networks import EpochResult, Networks
+from cpnas_jax.search_networks import MODELS, Networks
+from cpnas_jax.search_results import finish
+from cpnas_jax.search_state import Position, Progress, Underway
 from cpnas_jax.search_text import plan_text, stage_text
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a search is: the next sampled epoch is sample `sample` of round `round_index`.
-
-    Attributes:
-        stage: K, operations left on each edge.
-        round_index: t, from 1.
-        sample: s, from 1.
-        epoch: sampled epochs done in the whole search.
-    """
-
-    stage: int
-    round_index: int = 1
-    sample: int = 1
-    epoch: int = 0
-
-
-@dataclasses.dataclass
-class Progress:
-    """The discrete side of a search; with the networks' state all that decides its result."""
-
-    position: Position
-    survivors: np.ndarray
-    alpha: Any
-    alpha_state: Any
-
-    @classmethod
-    def start(cls, operations: tuple[str, ...]) -> "Progress":
-        """Stand before the first stage."""
-        return cls(Position(len(operations)), all_survivors(operations), *restart())
-
-    def arrays(self) -> dict[str, Any]:
-        """Return what a checkpoint stores beside the networks."""
-        return {
-            "survivors": self.survivors,
-            "alpha": self.alpha,
-            "alpha_state": self.alpha_state,
-        }
 
 
 def search(
@@ -112,7 +65,12 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         return genotype
 
     dataset = config.dataset
-    split = load_split(dataset.name, "train", dataset.data_dir or None, dataset.image_size or None)
+    # The first process may have to prepare what the others read.
+    split = processes.first_before_others(
+        lambda: load_split(
+            dataset.name, "train", dataset.data_dir or None, dataset.image_size or None
+        )
+    )
     split = limit_examples(split, config.search.examples, config.seed, "search.examples")
     fraction = config.search.validation_fraction
     train, validation = train_validation_parts(split, fraction, config.seed)
@@ -126,7 +84,9 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         reporter.say(plan_text(config, train, validation, total, networks.steps_per_epoch))
         run.resume_or_start()
         run.go_on()
-    return run.finish(train.name)
+    return finish(
+        config, directory, reporter, run.history, run.progress.survivors, dataset=train.name
+    )
 
 
 def _refuse_other(config: config_dict.ConfigDict, directory: Workdir) -> None:
@@ -137,9 +97,9 @@ def _refuse_other(config: config_dict.ConfigDict, directory: Workdir) -> None:
     Raises:
         UserError: the workdir holds a run of another config; the differing keys are named.
     """
-    keys = deciding_keys(config)
-    searched = holds_checkpoints(directory.path / "search" / "checkpoints")
-    if not searched and not (directory.path / "genotype.json").exists():
+    keys, path = deciding_keys(config), directory.path
+    searched = holds_checkpoints(path / "search" / "checkpoints")
+    if not searched and not processes.from_first((path / "genotype.json").exists):
         trained = deciding_keys(config, "train")
         keys = {key: value for key, value in keys.items() if key in trained}
     directory.refuse_other(keys)
@@ -147,6 +107,10 @@ def _refuse_other(config: config_dict.ConfigDict, directory: Workdir) -> None:
 
 def _finished(directory: Workdir, config: config_dict.ConfigDict) -> Genotype | None:
     """Return the genotype of a finished search of this config, if the workdir holds it."""
+    return processes.from_first(lambda: _found(directory, config))
+
+
+def _found(directory: Workdir, config: config_dict.ConfigDict) -> Genotype | None:
     path = directory.path / "genotype.json"
     if not path.exists():
         return None
@@ -214,11 +178,10 @@ class _Run:
                 found.state["survivors"],
                 found.state["alpha"],
                 found.state["alpha_state"],
+                Underway.from_record(found.record["underway"]),
             )
             self.history = History(self.history_path, found.record["history"])
-            self.reporter.say(
-                f"Resumed after sampled epoch {self.progress.position.epoch} of {self.total}."
-            )
+            self.reporter.say(f"Resumed {self._where()}.")
         self.networks.load(states)
 
     def go_on(self) -> None:
@@ -234,25 +197,35 @@ class _Run:
         )
         first = position.epoch
         self.reporter.show(f"sampled epoch {first + 1}/{self.total}")
-        while position.stage >= LAST_STAGE:
-            self._sampled_epoch(is_first=position.epoch == first)
+        with noted():
+            while position.stage >= LAST_STAGE:
+                self._sampled_epoch(is_first=position.epoch == first)
+
+    def _where(self) -> str:
+        """Say where the search is."""
+        position, underway = self.progress.position, self.progress.underway
+        if not underway.sums:
+            return f"after sampled epoch {position.epoch} of {self.total}"
+        return (
+            f"in sampled epoch {position.epoch + 1} of {self.total}, after step "
+            f"{underway.own_sums().steps} of the {underway.next_model()}"
+        )
 
     def _sampled_epoch(self, is_first: bool) -> None:
         progress, position, search = self.progress, self.progress.position, self.config.search
-        before, compiled = time.monotonic(), sum(self.networks.compile_seconds.values())
+        compiled = sum(self.networks.compile_seconds.values())
         permutations = stage_permutations(
             self.config.seed, position.stage, position.round_index, progress.survivors
         )
         architecture = permutations[position.sample - 1]
-        trained, accuracies = {}, {}
-        for model in (CHILD, PARENT):
-            trained[model] = self.networks.train_epoch(model, architecture, position.epoch)
-            accuracies[model] = self.networks.score(model, architecture)
+        for _ in MODELS[len(progress.underway.accuracies) :]:
+            self._train_and_score(architecture)
+        underway, progress.underway = progress.underway, Underway()
+        accuracies = underway.accuracies
         z = child_parent_score(accuracies[CHILD], accuracies[PARENT], search.beta_p)
         progress.alpha, progress.alpha_state = update_alpha(
             progress.alpha, progress.alpha_state, architecture, z, position.round_index
         )
-        seconds = time.monotonic() - before
         line = sample_line(
             stage=position.stage,
             round_index=position.round_index,
@@ -261,31 +234,59 @@ class _Run:
             child_accuracy=accuracies[CHILD],
             parent_accuracy=accuracies[PARENT],
             z=z,
-            seconds=seconds,
+            seconds=underway.seconds,
+        )
+        processes.require_agreement(
+            f"sampled epoch {position.epoch + 1}",
+            architecture=architecture,
+            accuracies=accuracies,
+            alpha=progress.alpha,
+            survivors=progress.survivors,
         )
         self.history.append(line)
         position.epoch += 1
         compiled = sum(self.networks.compile_seconds.values()) - compiled
-        self._tell_epoch(line, trained, seconds - compiled, is_first)
+        self._tell_epoch(line, underway, underway.seconds - compiled, is_first)
         self._advance()
         self._save()
 
+    def _train_and_score(self, architecture: np.ndarray) -> None:
+        """Take the next model through its part of the sampled epoch.
+
+        Raises:
+            Stopped: the run was asked to stop, and is saved.
+        """
+        networks, underway = self.networks, self.progress.underway
+        model, sums, epoch = (
+            underway.next_model(),
+            underway.own_sums(),
+            self.progress.position.epoch,
+        )
+        while sums.steps < networks.steps_per_epoch:
+            before = time.monotonic()
+            stop = networks.train(model, architecture, epoch, sums)
+            underway.seconds += time.monotonic() - before
+            if stop:
+                self._save()
+                self.checkpoints.wait()
+                raise Stopped(self._where())
+        before = time.monotonic()
+        underway.accuracies[model] = networks.score(model, architecture)
+        underway.seconds += time.monotonic() - before
+
     def _tell_epoch(
-        self,
-        line: dict[str, Any],
-        trained: dict[str, EpochResult],
-        seconds: float,
-        is_first: bool,
+        self, line: dict[str, Any], underway: Underway, seconds: float, is_first: bool
     ) -> None:
         position = self.progress.position
         images = 2 * self.networks.steps_per_epoch * self.config.search.batch_size / seconds
         left = seconds * (self.total - position.epoch)
+        losses = " / ".join(f"{underway.sums[model].mean_loss:.2f}" for model in MODELS)
         self.reporter.advance(
             position.epoch,
             f"epoch {position.epoch}/{self.total} stage {line['stage']} round {line['round']} "
             f"sample {line['sample']}: A_C {line['child_accuracy']:.3f} A_P "
-            f"{line['parent_accuracy']:.3f} z {line['z']:.3f} loss {trained[CHILD].loss:.2f} / "
-            f"{trained[PARENT].loss:.2f}, {images:.0f} images/s, {duration(left)} left",
+            f"{line['parent_accuracy']:.3f} z {line['z']:.3f} loss {losses}, "
+            f"{images:.0f} images/s, {duration(left)} left",
         )
         if is_first:
             assert self.networks.first_step_seconds is not None
@@ -317,71 +318,12 @@ class _Run:
         progress.alpha, progress.alpha_state = restart()
 
     def _save(self) -> None:
-        state = {**self.networks.host_state(), **self.progress.arrays()}
+        progress = self.progress
+        state = {**self.networks.host_state(), **progress.arrays()}
         record = {
-            "position": dataclasses.asdict(self.progress.position),
+            "position": dataclasses.asdict(progress.position),
+            "underway": dataclasses.asdict(progress.underway),
             "history": self.history.lines,
             "config_hash": config_hash(self.config),
         }
-        self.checkpoints.save(self.progress.position.epoch, state, record)
-
-    def finish(self, dataset: str) -> Genotype:
-        """Check the whole log, derive the genotype from it, and write the results."""
-        config, lines = self.config, self.history.lines
-        checked = replay(
-            lines,
-            seed=config.seed,
-            rounds=config.search.rounds,
-            beta_p=config.search.beta_p,
-            operations=tuple(config.search.operations),
-            name=str(self.history_path),
-        )
-        assert checked.operations is not None
-        assert checked.mean_z is not None
-        assert checked.compared is not None
-        assert (checked.survivors == self.progress.survivors).all()
-        derivation = derive(
-            checked.operations,
-            checked.mean_z,
-            checked.compared,
-            config.search.edge_policy,
-            indicator=indicator(
-                dict(zip(CELL_TYPES, checked.mean_z, strict=True)), checked.compared
-            ),
-            provenance={
-                "config_hash": config_hash(config),
-                "seed": config.seed,
-                "dataset": dataset,
-            },
-        )
-        for restored in derivation.restored:
-            self.reporter.say(str(restored))
-        genotype = derivation.genotype
-        path = self.directory.path
-        drawings = figures.draw_cells(genotype, path) + figures.draw_accuracies(lines, path)
-        self.reporter.say(figures.cell_tables(genotype))
-        self._write_results(derivation, lines)
-        genotype.save(path / "genotype.json")
-        self.reporter.say(
-            f"Wrote {path / 'genotype.json'} and {', '.join(p.name for p in drawings)}."
-        )
-        return genotype
-
-    def _write_results(self, derivation: Derivation, lines: list[dict[str, Any]]) -> None:
-        samples = [line for line in lines if line["event"] == "sample"]
-        timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-        results = self.directory.read_json("results.json") or {}
-        results["search"] = {
-            "sampled_epochs": len(samples),
-            # Of the sampled epochs; starting and compiling the training program not included.
-            "seconds": sum(line["seconds"] for line in samples),
-            "last_child_accuracy": samples[-1]["child_accuracy"],
-            "last_parent_accuracy": samples[-1]["parent_accuracy"],
-            "operation_counts": derivation.genotype.operation_counts(),
-            # Edges that are not as the search left them, such as those of a dead node.
-            "restored": [str(restored) for restored in derivation.restored],
-            # Two runs took the same way exactly if these agree; durations are left out.
-            "history_sha256": hashlib.sha256(json.dumps(timeless).encode()).hexdigest(),
-            "config_hash": config_hash(self.config),
-        }
-        self.directory.write_json("results.json", results)
+        self.checkpoints.save(progress.number(self.networks.steps_per_epoch), state, record)

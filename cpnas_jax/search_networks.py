@@ -20,8 +20,17 @@ from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.path_optimizer import CHILD, PARENT, OptimizerSettings, PathOptimizer
 from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.interruptions import stop_wished
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
-from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
+from cpnas_jax.runtime.parallel import (
+    Program,
+    bytes_a_device,
+    pmap_donated,
+    pmap_kept,
+    replicate,
+    to_host,
+)
+from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.search_step import (
     Call,
     ModelState,
@@ -34,9 +43,9 @@ MODELS = (CHILD, PARENT)
 
 
 def supernet_settings(
-    config: config_dict.ConfigDict, num_classes: int
+    config: config_dict.ConfigDict, num_classes: int, shards: Shards
 ) -> supernet.SupernetSettings:
-    """Return the supernet of a config."""
+    """Return the supernet of a config, whose batches are divided into `shards`."""
     search = config.search
     return supernet.SupernetSettings(
         cells=search.cells,
@@ -48,6 +57,7 @@ def supernet_settings(
             formulation=config.runtime.formulation,
             separable_repeats=search.separable_repeats,
             binary_preprocess=search.binary_preprocess,
+            statistics=shards.statistics(config.runtime.synchronise_statistics),
         ),
     )
 
@@ -58,21 +68,26 @@ _KNOBS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class EpochResult:
-    """Sums of one training epoch of one model.
+@dataclasses.dataclass
+class EpochSums:
+    """What the steps of one model in a sampled epoch gave, as far as they are done.
 
     Attributes:
-        loss: mean over the steps.
-        accuracy: on the augmented training images, in [0, 1].
+        steps: how many.
+        loss: sum of the steps' mean losses.
     """
 
-    loss: float
-    accuracy: float
+    steps: int = 0
+    loss: float = 0.0
+
+    @property
+    def mean_loss(self) -> float:
+        """Return the mean over the steps."""
+        return self.loss / self.steps
 
 
 def _check_sizes(
-    config: config_dict.ConfigDict, train: Split, validation: Split, num_devices: int
+    config: config_dict.ConfigDict, train: Split, validation: Split, num_shards: int
 ) -> None:
     """Compare the config's sizes with those of the data.
 
@@ -80,7 +95,7 @@ def _check_sizes(
         UserError: one is too large; its key is named.
     """
     search = config.search
-    largest = -(-len(validation.labels) // num_devices) * num_devices
+    largest = -(-len(validation.labels) // num_shards) * num_shards
     if search.score_batch_size > largest:
         raise UserError(
             f"config.search.score_batch_size is {search.score_batch_size}; the validation part has "
@@ -114,20 +129,19 @@ class Networks:
             UserError: sizes of the config that the data or the memory do not allow.
         """
         search = config.search
-        self._num_devices = jax.device_count()
+        self._shards = Shards(jax.device_count(), config.runtime.deterministic)
         self.steps_per_epoch = len(train.labels) // search.batch_size
         if not self.steps_per_epoch:
             raise UserError(
                 f"config.search.batch_size is {search.batch_size}; the training part has only "
                 f"{len(train.labels)} images"
             )
-        _check_sizes(config, train, validation, self._num_devices)
-        self._batch_size = search.batch_size
+        _check_sizes(config, train, validation, self._shards.count)
         self._seed = config.seed
         self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
         self._steps_per_call = config.runtime.steps_per_call
         self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
-        self._settings = supernet_settings(config, train.num_classes)
+        self._settings = supernet_settings(config, train.num_classes, self._shards)
         self._image_shape = train.images.shape[1:]
         total_steps = sampled_epochs * self.steps_per_epoch
         self._optimizer = PathOptimizer(
@@ -146,7 +160,7 @@ class Networks:
         step = StepSettings(
             supernet=self._settings,
             batch_size=search.batch_size,
-            num_devices=self._num_devices,
+            shards=self._shards,
             crop_padding=config.dataset.crop_padding,
             flip=config.dataset.flip,
             steps_per_epoch=self.steps_per_epoch,
@@ -154,7 +168,7 @@ class Networks:
         self._train = pmap_donated(make_train_call(step, self._optimizer))
         self._score = pmap_kept(
             make_score_call(
-                self._settings, len(validation.labels), search.score_batch_size, self._num_devices
+                self._settings, len(validation.labels), search.score_batch_size, self._shards
             )
         )
         self._programs: dict[str, Any] = {}
@@ -214,21 +228,16 @@ class Networks:
     def _compiled(self, name: str, function: Any, *arguments: Any) -> Any:
         if name not in self._programs:
             before = time.monotonic()
-            self._programs[name] = function.lower(*arguments).compile(self._compiler_options)
+            self._programs[name] = Program(function, arguments, self._compiler_options)
             self.compile_seconds[name] = time.monotonic() - before
         return self._programs[name]
 
     def memory_bytes(self) -> dict[str, int]:
         """Estimate what a device holds: states, data, and what the training program needs."""
-
-        def size(tree: Any) -> int:
-            return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // jax.local_device_count()
-
-        analysis = self._programs["train"].memory_analysis()
         return {
-            "weights and optimizers": size(self._states),
-            "data": size(self._examples),
-            "training program": getattr(analysis, "temp_size_in_bytes", 0),
+            "weights and optimizers": bytes_a_device(self._states),
+            "data": bytes_a_device(self._examples),
+            "training program": self._programs["train"].temporary_bytes(),
         }
 
     def _call(
@@ -241,41 +250,51 @@ class Networks:
                 epoch=np.asarray(epoch, np.int32),
                 first_step=np.asarray(first_step, np.int32),
                 num_steps=np.asarray(num_steps, np.int32),
+                stop=np.asarray(stop_wished(), np.int32),
+                passes=np.asarray(self._shards.passes, np.int32),
                 key=self._key,
             )
         )
 
-    def train_epoch(self, model: str, architecture: np.ndarray, epoch: int) -> EpochResult:
-        """Train one model with one architecture for one epoch.
+    def train(self, model: str, architecture: np.ndarray, epoch: int, sums: EpochSums) -> bool:
+        """Train one model with one architecture for the next steps of an epoch, in one call.
+
+        Args:
+            model: CHILD or PARENT.
+            architecture: int32[2, 14].
+            epoch: sampled epochs before this one.
+            sums: of the steps done; those of this call are added.
+
+        Returns:
+            Whether the run was asked to stop, in any process.
 
         Raises:
             UserError: the loss is not finite; nothing saved is lost.
         """
-        loss, correct, first = 0.0, 0, 0
-        while first < self.steps_per_epoch:
-            count = min(self._steps_per_call, self.steps_per_epoch - first)
-            if self.first_step_seconds is None:
-                count = 1  # one step alone, to say when training began
-            call = self._call(model, architecture, epoch, first, count)
-            program = self._compiled(
-                "train", self._train, self._states[model], self._examples["train"], call
+        first = sums.steps
+        # Calls end at the same steps wherever a run was interrupted.
+        count = self._steps_per_call - first % self._steps_per_call
+        count = min(count, self.steps_per_epoch - first)
+        if self.first_step_seconds is None:
+            count = 1  # one step alone, to say when training began
+        call = self._call(model, architecture, epoch, first, count)
+        program = self._compiled(
+            "train", self._train, self._states[model], self._examples["train"], call
+        )
+        self._states[model], found = program(self._states[model], self._examples["train"], call)
+        host = to_host(found)
+        if self.first_step_seconds is None:
+            self.first_step_seconds = time.monotonic() - self._started
+        if not math.isfinite(host["loss"]):
+            key = "child_learning_rate" if model == CHILD else "learning_rate"
+            raise UserError(
+                f"the loss of the {model} is {host['loss']} in steps {first} to "
+                f"{first + count - 1} of sampled epoch {epoch + 1}; the last checkpoint is "
+                f"kept. Try a smaller config.search.{key} in a new workdir"
             )
-            self._states[model], sums = program(self._states[model], self._examples["train"], call)
-            host = to_host(sums)
-            if self.first_step_seconds is None:
-                self.first_step_seconds = time.monotonic() - self._started
-            if not math.isfinite(host["loss"]):
-                key = "child_learning_rate" if model == CHILD else "learning_rate"
-                raise UserError(
-                    f"the loss of the {model} is {host['loss']} in steps {first} to "
-                    f"{first + count - 1} of sampled epoch {epoch + 1}; the last checkpoint is "
-                    f"kept. Try a smaller config.search.{key} in a new workdir"
-                )
-            loss += float(host["loss"])
-            correct += int(host["correct"])
-            first += count
-        seen = self.steps_per_epoch * self._batch_size
-        return EpochResult(loss / self.steps_per_epoch, correct / seen)
+        sums.steps += count
+        sums.loss += float(host["loss"])
+        return bool(host["stop"])
 
     def score(self, model: str, architecture: np.ndarray) -> float:
         """Return the accuracy over the whole validation part, in [0, 1]."""

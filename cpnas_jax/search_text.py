@@ -3,11 +3,11 @@
 import collections
 from typing import Any
 
-import jax
 from ml_collections import config_dict
 
 from cpnas_jax.data.datasets import Split
 from cpnas_jax.models.space import CELL_TYPES, EDGES
+from cpnas_jax.runtime.environment import devices_text
 
 
 def plan_text(
@@ -18,7 +18,7 @@ def plan_text(
     steps_per_epoch: int,
 ) -> str:
     """Say what will happen, in a few lines."""
-    search, devices = config.search, jax.device_count()
+    search = config.search
     size = "x".join(map(str, train.images.shape[1:]))
     return "\n".join(
         [
@@ -31,8 +31,7 @@ def plan_text(
             f"child 1-bit, parent float.",
             f"{sampled_epochs} sampled epochs (T = {search.rounds}, beta_P = {search.beta_p:g}), "
             f"each of {steps_per_epoch} steps of the child and as many of the parent.",
-            f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}, batch "
-            f"{search.batch_size} in all, {search.batch_size // devices} a device.",
+            devices_text(search.batch_size),
         ]
     )
 

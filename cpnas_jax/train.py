@@ -5,17 +5,16 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
 from ml_collections import config_dict
 
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.config import deciding_keys, flatten
 from cpnas_jax.evaluate import Evaluation
 from cpnas_jax.feeds import Facts, Feed, open_feed
-from cpnas_jax.runtime import environment
+from cpnas_jax.runtime import environment, processes
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
-from cpnas_jax.runtime.memory import describe
+from cpnas_jax.runtime.interruptions import Stopped, noted
 from cpnas_jax.runtime.workdir import History, Workdir
 from cpnas_jax.trained import (
     check_cells,
@@ -61,7 +60,7 @@ def train(
 def _plan(config: config_dict.ConfigDict, trainer: Trainer, facts: Facts, edges: int) -> str:
     """Say what will happen, in a few lines."""
     size = "x".join(map(str, facts.image_shape))
-    network, options, devices = config.network, config.train, jax.device_count()
+    network, options = config.network, config.train
     kind = "1-bit child" if trainer.precision == "binary" else "float parent"
     return "\n".join(
         [
@@ -71,8 +70,7 @@ def _plan(config: config_dict.ConfigDict, trainer: Trainer, facts: Facts, edges:
             f"Network: {network.cells} cells, C {network.channels}, {edges} edges a cell.",
             f"{options.epochs} epochs of {trainer.steps_per_epoch} steps, evaluated every "
             f"{options.evaluate_every}.",
-            f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}, batch "
-            f"{options.batch_size} in all, {options.batch_size // devices} a device.",
+            environment.devices_text(options.batch_size),
         ]
     )
 
@@ -100,7 +98,7 @@ def train_network(
     ):
         run = _Run(config, genotype, trainer, directory, name, last, best, reporter)
         run.resume_or_start()
-        genotype.save(root / "genotype.json")
+        processes.first_alone(lambda: genotype.save(root / "genotype.json"))
         run.go_on()
     results = directory.read_json("results.json") or {}
     results[name] = run.results()
@@ -180,32 +178,35 @@ class _Run:
             self.reporter.start_progress(epochs, first, "compiling the programs")
             self.trainer.compile(first, epochs - 1)
             self.reporter.show(f"epoch {first + 1}/{epochs}")
-            self.reporter.say(
-                f"Compiled in {self.trainer.compile_seconds:.1f} s; estimated memory of a device: "
-                f"{describe(self.trainer.memory_bytes('train'))}."
-            )
+            self.reporter.say(self.trainer.compiled_text("train"))
 
     def go_on(self) -> None:
         """Train to the last epoch, evaluating and saving on the way."""
         position, epochs = self.position, self.config.train.epochs
-        while position.epoch < epochs:
-            self._epoch()
+        with noted():
+            while position.epoch < epochs:
+                self._epoch()
         self.evaluated = self.evaluated or self.trainer.evaluate(epochs - 1)
 
     def _epoch(self) -> None:
         position, steps = self.position, self.trainer.steps_per_epoch
-        every = self.config.runtime.checkpoint_every
-        since = 0
+        every = self.config.runtime.checkpoint_every or steps
         while position.step < steps:
-            count = min(self.config.runtime.steps_per_call, steps - position.step)
-            if every:
-                count = min(count, every - since)
-            self.trainer.train(position.epoch, position.step, count, self.sums)
+            # Calls end at the same steps wherever a run was interrupted.
+            since = position.step % every
+            left = self.config.runtime.steps_per_call - since % self.config.runtime.steps_per_call
+            count = min(left, every - since, steps - position.step)
+            stop = self.trainer.train(position.epoch, position.step, count, self.sums)
             position.step += count
-            since += count
-            if every and since == every and position.step < steps:
+            if stop:
                 self._save()
-                since = 0
+                self.last.wait()
+                raise Stopped(
+                    f"in epoch {position.epoch + 1} of {self.config.train.epochs}, after step "
+                    f"{position.step} of {steps}"
+                )
+            if position.step % every == 0 and position.step < steps:
+                self._save()
         self._end_epoch()
 
     def _end_epoch(self) -> None:
@@ -230,6 +231,7 @@ class _Run:
             line["test_accuracy"] = self.evaluated.top1
             line["test_loss"] = self.evaluated.loss
             text += f" {config.evaluate.split} {self.evaluated.top1:.4f}"
+        processes.require_agreement(f"epoch {done}", **self._agreed())
         self.history.append(line)
         position.epoch, position.step, self.sums = done, 0, EpochSums()
         left = seconds * (config.train.epochs - done)
@@ -245,6 +247,11 @@ class _Run:
             self.best.wait()
         self._save()
 
+    def _agreed(self) -> dict[str, Any]:
+        """Return what must be the same in all processes."""
+        found = self.evaluated
+        return {"metrics": self.sums.values, "evaluation": found and found.to_dict()}
+
     def _record(self) -> dict[str, Any]:
         return {
             "position": dataclasses.asdict(self.position),
@@ -256,7 +263,8 @@ class _Run:
         }
 
     def _save(self) -> None:
-        number = self.position.epoch * self.trainer.steps_per_epoch + self.position.step
+        # One more than the steps: all steps done is not yet the epoch evaluated.
+        number = self.position.epoch * (self.trainer.steps_per_epoch + 1) + self.position.step
         self.last.save(number, self.trainer.host_state(), self._record())
 
     def results(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from ml_collections import config_dict
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.named import NAMES, named_genotype
 from cpnas_jax.config import deciding_keys, keys_hash
+from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.checkpoints import holds_checkpoints
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
@@ -28,6 +29,10 @@ def resolve_genotype(config: config_dict.ConfigDict, workdir: str | os.PathLike[
         UserError: `config.genotype` is no name and no readable file, or is empty and the workdir
             holds none.
     """
+    return processes.from_first(lambda: _resolved(config, workdir))
+
+
+def _resolved(config: config_dict.ConfigDict, workdir: str | os.PathLike[str]) -> Genotype:
     name = config.genotype
     if name in NAMES:
         return named_genotype(name)
@@ -97,13 +102,17 @@ def check_cells(directory: Workdir, name: str, genotype: Genotype) -> None:
     Raises:
         UserError: they are others.
     """
-    path = directory.path / name / "genotype.json"
-    trained = holds_checkpoints(directory.path / name / "checkpoints")
-    if trained and path.exists() and _cells(Genotype.load(path)) != _cells(genotype):
-        raise UserError(
-            f"config.genotype has other cells than were trained in {directory.path / name}, which "
-            f"are in {path}; give that file, or another --workdir"
-        )
+
+    def check() -> None:
+        path = directory.path / name / "genotype.json"
+        trained = holds_checkpoints(directory.path / name / "checkpoints")
+        if trained and path.exists() and _cells(Genotype.load(path)) != _cells(genotype):
+            raise UserError(
+                f"config.genotype has other cells than were trained in {directory.path / name}, "
+                f"which are in {path}; give that file, or another --workdir"
+            )
+
+    processes.first_alone(check)
 
 
 def finished(

@@ -22,8 +22,10 @@ from cpnas_jax.models.blocks import Levers, OperationSettings
 from cpnas_jax.models.network import CellEdges, Network, NetworkSettings
 from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
-from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
-from cpnas_jax.runtime.parallel import replicate, to_host
+from cpnas_jax.runtime.interruptions import stop_wished
+from cpnas_jax.runtime.memory import check_memory, describe, exhaustion_explained
+from cpnas_jax.runtime.parallel import Program, replicate, to_host
+from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.train_step import (
     LOSS_TERMS,
     LossSettings,
@@ -134,7 +136,7 @@ class Trainer:
         for name in ("crop_padding", "cutout"):
             check_fits_images(f"config.dataset.{name}", config.dataset[name], facts.image_shape)
         self.total_steps = options.epochs * self.steps_per_epoch
-        self._num_devices = jax.device_count()
+        self._shards = Shards(jax.device_count(), config.runtime.deterministic)
         self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
         self._image_shape = facts.image_shape
         self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
@@ -258,14 +260,18 @@ class Trainer:
 
     def _step_settings(self, real_weights: bool) -> StepSettings:
         options, dataset = self._config.train, self._config.dataset
-        operations = dataclasses.replace(self._settings.operations, binary_weights=not real_weights)
+        operations = dataclasses.replace(
+            self._settings.operations,
+            binary_weights=not real_weights,
+            statistics=self._shards.statistics(self._config.runtime.synchronise_statistics),
+        )
         return StepSettings(
             network=dataclasses.replace(self._settings, operations=operations),
             loss=self._loss,
             drop_path=self._config.network.drop_path,
             average_decay=options.average_decay,
             batch_size=options.batch_size,
-            num_devices=self._num_devices,
+            shards=self._shards,
             crop_padding=dataset.crop_padding,
             flip=dataset.flip,
             color_jitter=dataset.color_jitter,
@@ -276,7 +282,7 @@ class Trainer:
     def _compiled(self, name: Any, make: Any, *arguments: Any) -> Any:
         if name not in self._programs:
             before = time.monotonic()
-            self._programs[name] = make().lower(*arguments).compile(self._compiler_options)
+            self._programs[name] = Program(make(), arguments, self._compiler_options)
             self.compile_seconds += time.monotonic() - before
         return self._programs[name]
 
@@ -291,10 +297,26 @@ class Trainer:
         for epoch in (first, last):
             with exhaustion_explained(_KNOBS):
                 self._train_program(epoch)
-            with exhaustion_explained(_EVALUATION_KNOBS):
-                self._counting_program(epoch)
         check_memory(self.memory_bytes("train"), _KNOBS)
+        for epoch in (first, last):
+            self.compile_evaluation(epoch)
+
+    def compile_evaluation(self, epoch: int) -> None:
+        """Compile the program of `evaluate`.
+
+        Raises:
+            UserError: it needs more memory than a device has.
+        """
+        with exhaustion_explained(_EVALUATION_KNOBS):
+            self._counting_program(epoch)
         check_memory(self.memory_bytes("evaluate"), _EVALUATION_KNOBS)
+
+    def compiled_text(self, kind: str) -> str:
+        """Say how long compiling took and what the programs of a kind need of a device."""
+        return (
+            f"Compiled in {self.compile_seconds:.1f} s; estimated memory of a device: "
+            f"{describe(self.memory_bytes(kind))}."
+        )
 
     def _fixed_bytes(self) -> dict[str, int]:
         """Return what a device holds whatever the program needs."""
@@ -313,15 +335,16 @@ class Trainer:
             kind: `train` or `evaluate`; compiled before.
         """
         needed = max(
-            getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
-            for (own, _), program in self._programs.items()
-            if own == kind
+            program.temporary_bytes() for (own, _), program in self._programs.items() if own == kind
         )
         name = {"train": "training program", "evaluate": "evaluation program"}[kind]
         return {**self._fixed_bytes(), name: needed}
 
-    def train(self, epoch: int, first_step: int, num_steps: int, sums: EpochSums) -> None:
+    def train(self, epoch: int, first_step: int, num_steps: int, sums: EpochSums) -> bool:
         """Run some steps of an epoch and add their metrics to `sums`.
+
+        Returns:
+            Whether the run was asked to stop, in any process.
 
         Raises:
             UserError: the loss or its gradient is not finite, or a device's memory is exhausted;
@@ -332,6 +355,8 @@ class Trainer:
             epoch=np.asarray(epoch, np.int32),
             first_step=np.asarray(first_step, np.int32),
             num_steps=np.asarray(num_steps, np.int32),
+            stop=np.asarray(stop_wished(), np.int32),
+            passes=np.asarray(self._shards.passes, np.int32),
             key=self._key,
         )
         program = self._train_program(epoch)
@@ -350,6 +375,7 @@ class Trainer:
         values = {name: float(host[name]) for name in ("loss", *LOSS_TERMS, "accuracy")}
         assert all(map(math.isfinite, values.values()))
         sums.add(num_steps, values, time.monotonic() - before)
+        return host["stop"] > 0
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of a step."""

@@ -11,11 +11,13 @@ import pytest
 from draws import QUICK
 
 from cpnas_jax.data.examples import Examples
-from cpnas_jax.models.network import Network, NetworkSettings, init
+from cpnas_jax.models.network import DropPath, Network, NetworkSettings, init
 from cpnas_jax.runtime.parallel import AXIS
+from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.train_step import (
     LOSS_TERMS,
     LossSettings,
+    Shard,
     StepSettings,
     TrainCall,
     TrainState,
@@ -28,7 +30,7 @@ EDGES = (
     *((0, 2, "max_pool_3x3"), (1, 3, "skip_connect")),
     *((2, 4, "dil_conv_3x3"), (4, 5, "skip_connect")),
 )
-CLASSES, PER_DEVICE, SIDE, RATE = 5, 4, 8, 0.1
+CLASSES, PER_DEVICE, SIDE, RATE, PARENT_RATE = 5, 4, 8, 0.1, 0.2
 SETTINGS = StepSettings(
     network=NetworkSettings(EDGES, EDGES, 1, 4, CLASSES),
     loss=LossSettings(
@@ -41,7 +43,7 @@ SETTINGS = StepSettings(
     drop_path=0.8,
     average_decay=0.9,
     batch_size=2 * PER_DEVICE,
-    num_devices=2,
+    shards=Shards(2),
     crop_padding=0,
     flip=False,
     color_jitter=0.0,
@@ -57,30 +59,56 @@ def normal(shape, seed):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def objective(params, stats, means, images, labels, key, drop_path):
-    """Eq. 4.17 and 4.18 with smoothed labels and the auxiliary classifier, of one device."""
-    outputs, changed = Network(SETTINGS.network).apply(
-        {"params": params, "batch_stats": stats},
-        images,
-        train=True,
-        drop_path=jnp.float32(drop_path),
-        rngs={"drop_path": key},
-        mutable=["batch_stats"],
-    )
+def binary_kernels(params):
+    return {
+        jax.tree_util.keystr(path): kernel
+        for path, kernel in jax.tree_util.tree_leaves_with_path(params)
+        if path[0].key.startswith("cells") and path[-1].key == "kernel"
+    }
+
+
+def objective(trained, stats, means, images, labels, positions, key, drop_path):
+    """Eq. 4.17 and 4.18 with smoothed labels and the auxiliary classifier, of one device.
+
+    With a parent beside the child H are the parent's kernels, and its own loss is added.
+    """
+
+    def applied(name):
+        return Network(dataclasses.replace(SETTINGS.network, binary=name == "child")).apply(
+            {"params": trained[name], "batch_stats": stats[name]},
+            images,
+            train=True,
+            drop_path=DropPath(jnp.float32(drop_path), positions),
+            rngs={"drop_path": key},
+            mutable=["batch_stats"],
+        )
+
     smooth = np.full((CLASSES, CLASSES), 0.1 / CLASSES) + 0.9 * np.eye(CLASSES)
     targets = jnp.asarray(smooth, jnp.float32)[labels]
 
     def entropy(logits):
         return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
 
+    outputs, changed = applied("child")
+    changes, parent_loss = {"child": changed["batch_stats"]}, jnp.float32(0)
+    latent = own = binary_kernels(trained["child"])
+    if "parent" in trained:
+        answers, changed = applied("parent")
+        changes["parent"] = changed["batch_stats"]
+        parent_loss = entropy(answers.logits) + 0.4 * entropy(answers.auxiliary)
+        latent = binary_kernels(trained["parent"])
     errors = []
-    for path, kernel in jax.tree_util.tree_leaves_with_path(params):
-        if path[0].key.startswith("cells") and path[-1].key == "kernel":
-            axes = tuple(range(kernel.ndim - 1))
-            scale = jnp.mean(jnp.abs(kernel), axis=axes, keepdims=True)
-            signs = jnp.where(kernel >= 0, jnp.float32(1), jnp.float32(-1))
-            error = jnp.square(kernel - jax.lax.stop_gradient(signs * scale))
-            errors.append(jnp.sum(jnp.mean(error, axis=axes)))
+    for path, kernel in own.items():
+        axes = tuple(range(kernel.ndim - 1))
+        scale = jnp.mean(jnp.abs(kernel), axis=axes, keepdims=True)
+        signs = jnp.where(kernel >= 0, jnp.float32(1), jnp.float32(-1))
+        if latent is own:
+            reconstructed = jax.lax.stop_gradient(signs * scale)
+        else:
+            clipped = jnp.clip(kernel, -1, 1)
+            reconstructed = (clipped + jax.lax.stop_gradient(signs - clipped)) * scale
+        error = jnp.square(latent[path] - reconstructed)
+        errors.append(jnp.sum(jnp.mean(error, axis=axes)))
     assert len(errors) == 6  # two preprocessings, a factorized reduce, a separable unit
     terms = {
         "cross_entropy": entropy(outputs.logits),
@@ -90,10 +118,14 @@ def objective(params, stats, means, images, labels, key, drop_path):
         * jnp.mean(
             jnp.square(outputs.features - means[labels]) * SEEN[labels][:, None, None, None]
         ),
+        "parent": parent_loss,
     }
-    weights = {"cross_entropy": 1.0, "auxiliary": 0.4, "reconstruction": 0.05, "center": 0.3}
+    weights = {
+        **{"cross_entropy": 1.0, "auxiliary": 0.4, "reconstruction": 0.05, "center": 0.3},
+        "parent": 1.0,
+    }
     total = sum(weights[name] * term for name, term in terms.items())
-    return total, (terms, outputs, changed["batch_stats"])
+    return total, (terms, outputs, changes)
 
 
 def mean_of(trees):
@@ -107,52 +139,76 @@ def agree(found, expected):
     jax.tree.map(lambda a: np.testing.assert_array_equal(a[0], a[1]), found)
 
 
-def test_a_step_on_two_devices():
+def initial(seed, binary):
+    network = dataclasses.replace(SETTINGS.network, binary=binary)
+    make = jax.jit(lambda key: init(key, network, (SIDE, SIDE, 3)), compiler_options=QUICK)
+    return jax.device_get(make(jax.random.key(seed)))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside its parent"])
+def test_a_step_on_two_devices(beside):
     images = normal((2, PER_DEVICE, SIDE, SIDE, 3), 0)
     # Class 4 is nowhere, class 0 on both devices.
     labels = np.array([[0, 1, 2, 0], [0, 3, 3, 2]], np.int32)
-    variables = jax.device_get(
-        jax.jit(lambda key: init(key, SETTINGS.network, (SIDE, SIDE, 3)), compiler_options=QUICK)(
-            jax.random.key(0)
-        )
-    )
+    variables = initial(0, True)
     # Nothing is known of class 3 yet.
     means = normal((CLASSES, SIDE // 2, SIDE // 2, 32), 1)
     means[3] = 0
-    optimizer = optax.sgd(RATE)
+    optimizer, parent_optimizer = optax.sgd(RATE), optax.sgd(PARENT_RATE, momentum=0.9)
+    parent = None
+    if beside:
+        parent = initial(1, False)
+        velocity = jax.tree.map(lambda leaf: normal(leaf.shape, 3), parent["params"])
+        parent["optimizer"] = (optax.TraceState(velocity), optax.EmptyState())
     state = TrainState(
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         optimizer=optimizer.init(variables["params"]),
         average=jax.tree.map(lambda leaf: normal(leaf.shape, 2), dict(variables)),
         means=means,
-        parent=None,
+        parent=parent,
         step=np.int32(5),
     )
-    keys = jax.random.split(jax.random.key(7), 2)
-    step = make_batch_step(SETTINGS, optimizer, None)
-    program = jax.jit(
-        jax.vmap(step, in_axes=(None, 0, 0, 0), axis_name=AXIS), compiler_options=QUICK
+    key, positions = jax.random.key(7), np.arange(2 * PER_DEVICE, dtype=np.int32).reshape(2, -1)
+    loss = dataclasses.replace(SETTINGS.loss, parent_kernel=beside)
+    step = make_batch_step(
+        dataclasses.replace(SETTINGS, loss=loss), optimizer, parent_optimizer if beside else None
     )
-    found, metrics = program(state, images, labels, keys)
+
+    def on_a_device(*own):
+        return step(state, lambda _: Shard(*own), key, jnp.int32(1))
+
+    program = jax.jit(jax.vmap(on_a_device, axis_name=AXIS), compiler_options=QUICK)
+    found, metrics = program(images, labels, positions)
 
     # Half of the steps are done: half of the rate of dropping.
     gradient = jax.jit(
         jax.value_and_grad(functools.partial(objective, drop_path=0.4), has_aux=True),
         compiler_options=QUICK,
     )
+    trained, averages = {"child": state.params}, {"child": state.batch_stats}
+    if beside:
+        trained["parent"], averages["parent"] = parent["params"], parent["batch_stats"]
     devices = [
-        gradient(state.params, state.batch_stats, means, *own)
-        for own in zip(images, labels, keys, strict=True)
+        gradient(trained, averages, means, *own, key)
+        for own in zip(images, labels, positions, strict=True)
     ]
     gradients = mean_of([gradients for _, gradients in devices])
-    params = jax.tree.map(lambda p, g: p - RATE * g, state.params, gradients)
+    params = jax.tree.map(lambda p, g: p - RATE * g, state.params, gradients["child"])
     agree(found.params, params)
     stats = mean_of([own for (_, (*_, own)), _ in devices])
-    agree(found.batch_stats, stats)
+    agree(found.batch_stats, stats["child"])
+    if beside:
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradients["parent"])
+        moved = jax.tree.map(lambda p, v: p - PARENT_RATE * v, parent["params"], velocity)
+        agree(found.parent["params"], moved)
+        agree(found.parent["batch_stats"], stats["parent"])
+        agree(found.parent["optimizer"][0].trace, velocity)
+    else:
+        assert found.parent is None
     # Early on it forgets faster than its decay of 0.9 says.
     share = (1 + 5) / (10 + 5)
-    new = {"params": params, "batch_stats": stats}
+    new = {"params": params, "batch_stats": stats["child"]}
     agree(found.average, jax.tree.map(lambda a, b: share * a + (1 - share) * b, state.average, new))
     assert list(found.step) == [6, 6]
 
@@ -179,10 +235,11 @@ NORMALISED = ((PIXELS / 255.0 - 0.5) / 0.25).astype(np.float32)
 
 def seen_by_a_step(resident, **augmentation):
     """The images of an epoch of one step, by label, as the step is given them."""
-    settings = dataclasses.replace(SETTINGS, num_devices=1, **augmentation)
+    settings = dataclasses.replace(SETTINGS, shards=Shards(1), **augmentation)
 
-    def step(state, images, labels, key):
-        del key
+    def step(state, load, key, passes):
+        del key, passes
+        images, labels, _ = load(jnp.int32(0))
         terms = dict.fromkeys(("loss", *LOSS_TERMS, "accuracy"), jnp.float32(0))
         return state.at[labels].set(images), {**terms, "finite": jnp.bool(True)}
 
@@ -193,7 +250,7 @@ def seen_by_a_step(resident, **augmentation):
     )
     examples = Examples(PIXELS, np.arange(8, dtype=np.int32), MEAN, STD)
     key = np.asarray(jax.random.key_data(jax.random.key(1)))
-    call = TrainCall(np.int32(0), np.int32(0), np.int32(1), key)
+    call = TrainCall(np.int32(0), np.int32(0), np.int32(1), np.int32(0), np.int32(1), key)
     state, _ = program(jnp.zeros((1, *PIXELS.shape), jnp.float32), examples, call)
     return np.asarray(state[0])
 

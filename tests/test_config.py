@@ -1,7 +1,9 @@
 """Every key is checked, read and documented; every mistake is named in one line."""
 
+import ast
 import importlib.util
 import pathlib
+import re
 
 import pytest
 
@@ -22,6 +24,41 @@ def load(path, argument):
 
 def test_every_key_has_a_rule():
     assert set(configs.flatten(configs.base_config())) == configs.RULED_KEYS
+
+
+EVIDENCE = re.compile(r"\[(paper|kin|ours)\]")
+
+
+def settings_in(path):
+    """Yield (name, first line, last line, first line of its section) of every value that is set."""
+    functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
+    (function,) = (n for n in functions if n.name in ("base_config", "get_config"))
+    sections = {}
+    for node in function.body:
+        match node:
+            case ast.Assign(targets=[_, ast.Name(id=section)]):
+                sections[section] = node.lineno
+            case ast.Assign(targets=[ast.Attribute() as key]):
+                section, name = ast.unparse(key).rsplit(".", 1)
+                yield f"{section}.{name}", node.lineno, node.end_lineno, sections.get(section)
+            case ast.Expr(value=ast.Call(func=ast.Attribute(attr="update") as call) as update):
+                for key in update.keywords:
+                    name = f"{ast.unparse(call.value)}.{key.arg}"
+                    yield name, key.value.lineno, key.value.end_lineno, node.lineno
+
+
+@pytest.mark.parametrize("path", [ROOT / "cpnas_jax/config.py", *FILES], ids=lambda path: path.stem)
+def test_every_value_stands_with_its_evidence(path):
+    """Behind it, in the comment before it, or behind the beginning of its section."""
+    lines = ["", *path.read_text().splitlines()]
+    found = list(settings_in(path))
+    for name, first, last, section in found:
+        while lines[first - 1].lstrip().startswith("#"):
+            first -= 1
+        text = "\n".join([*lines[first : last + 1], lines[section] if section else ""])
+        assert EVIDENCE.search(text), name
+    if path not in FILES:
+        assert len(found) == len(configs.RULED_KEYS)
 
 
 SEARCHLESS = ("imagenet",)

@@ -18,7 +18,7 @@ from cpnas_jax.models.network import Network
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.train import train
-from cpnas_jax.trainer import Trainer, network_settings
+from cpnas_jax.trainer import EpochSums, Trainer, network_settings
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -116,6 +116,15 @@ def test_every_example_of_a_stream_is_counted_once(config):
     np.testing.assert_array_equal(found.confusion.sum(axis=1), confusion.sum(axis=1))
     assert np.abs(found.confusion - confusion).sum() <= 2
     np.testing.assert_allclose(found.loss, np.mean(losses), rtol=1e-2)
+
+
+def test_the_old_state_of_a_streamed_step_is_donated(config):
+    trainer, feed = trainer_of(config)
+    trainer.load(trainer.initial_state())
+    donated = jax.tree.leaves(trainer._state)
+    trainer.train(0, 0, 1, EpochSums())
+    feed.close()
+    assert all(leaf.is_deleted() for leaf in donated)
 
 
 def test_batches_are_divided_among_the_devices_in_order(config):

@@ -189,13 +189,19 @@ def test_a_mistake_does_not_claim_the_workdir(tmp_path, capsys, call):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_an_interruption_is_one_line(tmp_path, capsys, monkeypatch, call):
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")]
+)
+def test_an_interruption_is_one_line(tmp_path, capsys, monkeypatch, call, number, name):
     def interrupted(*_):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        sum(range(10))  # the signal is looked at here
 
+    before = signal.getsignal(number)
     monkeypatch.setitem(main._MODES, "search", interrupted)
-    assert call(MNIST, f"--workdir={tmp_path}") == 1
-    assert capsys.readouterr().err == "error: interrupted; the same command resumes\n"
+    assert call(MNIST, f"--workdir={tmp_path}") == 75
+    assert capsys.readouterr().err == f"stopped by {name}; the same command resumes\n"
+    assert signal.getsignal(number) == before
 
 
 def test_a_platform_that_is_not_there(tmp_path):
@@ -212,7 +218,8 @@ def test_a_platform_that_is_not_there(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_ctrl_c_while_importing_is_no_traceback(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_importing_is_no_traceback(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "cpnas_jax.main", MNIST, f"--workdir={tmp_path / 'run'}"],
         cwd=ROOT,
@@ -220,9 +227,9 @@ def test_ctrl_c_while_importing_is_no_traceback(tmp_path):
         text=True,
     )
     time.sleep(0.7)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 75
     assert "Traceback" not in error
 
 

@@ -16,6 +16,8 @@ from cpnas_jax.pipeline import pipeline
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 CELL = (
     *((0, 2, "max_pool_3x3"), (1, 2, "skip_connect")),
     *((0, 3, "avg_pool_3x3"), (2, 3, "skip_connect")),

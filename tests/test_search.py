@@ -13,6 +13,7 @@ import jax
 import pytest
 import stand_in
 from command_line import kill_after_a_line
+from outcomes import lines, search_outcome
 from rich.console import Console
 
 from cpnas_jax import config as configs
@@ -72,20 +73,6 @@ def finish(process):
     return output
 
 
-def history(workdir):
-    """Lines of the log; durations are the only thing that may differ between equal runs."""
-    lines = list(parse_history((workdir / "search/history.jsonl").read_text()))
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def outcome(workdir):
-    """Genotype, history and the digest of the last state: weights, optimizers, alpha."""
-    steps = [path for path in (workdir / "search/checkpoints").iterdir() if path.name.isdigit()]
-    last = max(steps, key=lambda path: int(path.name))
-    digest = json.loads(next((last / "record").glob("*")).read_text())["digest"]
-    return (workdir / "genotype.json").read_text(), history(workdir), digest
-
-
 @pytest.fixture(scope="session")
 def undisturbed(shell, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
@@ -137,12 +124,13 @@ def test_the_files_hold_what_scripts_rely_on(undisturbed):
 
 def test_the_same_seed_gives_bitwise_the_same_search(shell, undisturbed, tmp_path):
     finish(shell(tmp_path, "--config.runtime.steps_per_call=3"))
-    assert outcome(tmp_path) == outcome(undisturbed[0])
+    assert search_outcome(tmp_path) == search_outcome(undisturbed[0])
 
 
 def test_another_seed_gives_other_permutations(shell, undisturbed, tmp_path):
     finish(shell(tmp_path, "--config.seed=1"))
-    pairs = zip(history(tmp_path), history(undisturbed[0]), strict=True)
+    logs = (lines(path / "search/history.jsonl") for path in (tmp_path, undisturbed[0]))
+    pairs = zip(*logs, strict=True)
     assert all(a["architecture"] != b["architecture"] for a, b in pairs if a["event"] == "sample")
 
 
@@ -156,7 +144,7 @@ def test_a_killed_search_ends_bitwise_as_if_it_had_not_been(shell, undisturbed, 
     with log.open("a") as file:
         file.write('{"event": "sample", "sta')
     output = finish(shell(tmp_path))
-    assert outcome(tmp_path) == outcome(undisturbed[0])
+    assert search_outcome(tmp_path) == search_outcome(undisturbed[0])
     assert output
 
 
@@ -167,7 +155,7 @@ def test_a_full_disk_is_one_line_and_the_search_goes_on_later(shell, undisturbed
     assert error.startswith("error: a checkpoint cannot be written")
     assert error.count("\n") == 1
     finish(shell(tmp_path))
-    assert outcome(tmp_path) == outcome(undisturbed[0])
+    assert search_outcome(tmp_path) == search_outcome(undisturbed[0])
 
 
 def test_a_closed_output_is_one_line(shell, tmp_path):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from reads import note_reads
 from rich.console import Console
 
 from cpnas_jax import config as configs
-from cpnas_jax import main, search_networks
+from cpnas_jax import main, search_networks, search_results
 from cpnas_jax import search as search_module
 from cpnas_jax.architecture.events import parse_history
 from cpnas_jax.architecture.genotype import Genotype
@@ -19,8 +21,9 @@ from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.path_optimizer import CHILD, PARENT
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.interruptions import Stopped, handled, stop_wished
 from cpnas_jax.search import search
-from cpnas_jax.search_networks import EpochResult, Networks
+from cpnas_jax.search_networks import Networks
 
 NONE = OPERATIONS.index("none")
 
@@ -69,13 +72,22 @@ class Oracle:
     def memory_bytes(self):
         return {"weights": 2**20}
 
-    def train_epoch(self, model, architecture, epoch):
-        self.requests.append(("train", model, architecture.copy(), epoch))
-        return EpochResult(1.0, 0.5)
+    def train(self, model, architecture, epoch, sums):
+        if not sums.steps:
+            self.requests.append(("train", model, architecture.copy(), epoch))
+        sums.steps += 1
+        sums.loss += 1.0
+        return stop_wished()
 
     def score(self, model, architecture):
         self.requests.append(("score", model, architecture.copy(), None))
         return float(self.worth[architecture].mean()) * (1.0 if model == PARENT else 0.5)
+
+
+@pytest.fixture
+def handlers():
+    with handled():
+        yield
 
 
 class LikesNothing(Oracle):
@@ -204,10 +216,10 @@ def test_a_damaged_genotype_of_a_finished_search_is_made_again(monkeypatch, tmp_
 
 def test_another_machine_is_told(monkeypatch, tmp_path):
     class Stops(Oracle):
-        def train_epoch(self, model, architecture, epoch):
+        def train(self, model, architecture, epoch, sums):
             if epoch == 4:
                 raise UserError("stop")
-            return super().train_epoch(model, architecture, epoch)
+            return super().train(model, architecture, epoch, sums)
 
     with pytest.raises(UserError, match="stop"):
         run(monkeypatch, tmp_path, Stops)
@@ -218,6 +230,56 @@ def test_another_machine_is_told(monkeypatch, tmp_path):
     _, said = run(monkeypatch, tmp_path)
     assert "Begun elsewhere: devices was ['TPU v4'" in said
     assert "Resumed after sampled epoch 4 of 35" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("model", [CHILD, PARENT])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_signal_saves_in_the_middle_of_a_sampled_epoch(
+    monkeypatch, tmp_path, handlers, capfd, number, model, step
+):
+    undisturbed, _ = run(monkeypatch, tmp_path / "undisturbed")
+    requests = Oracle.last.requests
+
+    class Signalled(Oracle):
+        def train(self, own, architecture, epoch, sums):
+            stop = super().train(own, architecture, epoch, sums)
+            if (epoch, own, sums.steps) == (4, model, step) and not stop:
+                os.kill(os.getpid(), number)
+                sum(range(10))  # the signal is looked at here
+                return stop_wished()
+            return stop
+
+    where = f"in sampled epoch 5 of 35, after step {step} of the {model}"
+    with pytest.raises(Stopped, match=where):
+        run(monkeypatch, tmp_path / "run", Signalled)
+    assert "once more stops at once" in capfd.readouterr().err
+    before = Oracle.last.requests
+    genotype, said = run(monkeypatch, tmp_path / "run")
+    assert f"Resumed {where}." in said
+    assert genotype == undisturbed
+    histories = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / name)]
+        for name in ("run", "undisturbed")
+    ]
+    assert histories[0] == histories[1]
+    # Nothing is done twice; a training that goes on asks again.
+    for first, second in zip(before + Oracle.last.requests, requests, strict=True):
+        assert first[:2] == second[:2]
+        np.testing.assert_array_equal(first[2], second[2])
+
+
+def test_a_signal_after_the_last_step_is_not_forgotten(monkeypatch, tmp_path, handlers):
+    class Late(Oracle):
+        def score(self, model, architecture):
+            if len(self.requests) == 4 * 35 - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                sum(range(10))
+            return super().score(model, architecture)
+
+    with pytest.raises(Stopped, match="after the last step"):
+        run(monkeypatch, tmp_path, Late)
+    assert "Resumed after sampled epoch 35 of 35" in run(monkeypatch, tmp_path)[1]
 
 
 class FakeProgram:
@@ -238,7 +300,7 @@ class FakeProgram:
         self.calls.append((first, examples, take))
         devices = len(call.num_steps)
         if "train" in self.made_with:
-            sums = {"loss": [float(take["num_steps"])], "correct": [0]}
+            sums = {"loss": [float(take["num_steps"])], "correct": [0], "stop": [0]}
             return first, {name: OnDevices(np.repeat(v, devices)) for name, v in sums.items()}
         return OnDevices(np.repeat(5, devices))
 
@@ -371,10 +433,11 @@ def test_every_key_of_the_search_is_read(programs, tmp_path, monkeypatch):
     monkeypatch.setattr(main, "_CONFIG", type("Flag", (), {"value": config}))
     monkeypatch.setattr(main, "_WORKDIR", type("Flag", (), {"value": str(tmp_path)}))
     monkeypatch.setattr(main, "_parse", lambda argv: None)
+    main.flags.FLAGS(["main"])
     monkeypatch.setattr(main.environment, "cache_compiled_programs", lambda: None)
     # Checks and records look at every key.
     for name in ("validate", "flatten", "config_hash", "deciding_keys"):
-        for module in (configs, search_module):
+        for module in (configs, search_module, search_results):
             if hasattr(module, name):
                 value = {"validate": None, "config_hash": "0"}.get(name, {})
                 monkeypatch.setattr(module, name, lambda *_, value=value: value)

@@ -20,12 +20,14 @@ from path_cases import (
     shapes,
 )
 
-from cpnas_jax.data.augment import normalise, random_crop_flip
+from cpnas_jax.data.augment import CROP_DRAWS, normalise, random_crop_flip
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import step_key
 from cpnas_jax.models import supernet
+from cpnas_jax.models.draws import position_draws
 from cpnas_jax.path_optimizer import CHILD, PARENT, PathOptimizer
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
+from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.search_step import (
     Call,
     ModelState,
@@ -52,19 +54,21 @@ def random_examples(n, seed):
 
 def call_of(architecture, binary=False, epoch=0, first_step=0, num_steps=1, key=KEY):
     return Call(
-        np.asarray(architecture, np.int32),
-        np.asarray(binary),
-        np.asarray(epoch, np.int32),
-        np.asarray(first_step, np.int32),
-        np.asarray(num_steps, np.int32),
-        key,
+        architecture=np.asarray(architecture, np.int32),
+        binary=np.asarray(binary),
+        epoch=np.asarray(epoch, np.int32),
+        first_step=np.asarray(first_step, np.int32),
+        num_steps=np.asarray(num_steps, np.int32),
+        stop=np.asarray(0, np.int32),
+        passes=np.asarray(1, np.int32),
+        key=key,
     )
 
 
 STEP = StepSettings(
     supernet=NETWORK,
     batch_size=BATCH,
-    num_devices=DEVICES,
+    shards=Shards(DEVICES),
     crop_padding=1,
     flip=True,
     steps_per_epoch=TRAINING // BATCH,
@@ -166,9 +170,9 @@ def step_by_hand(state, architecture, epoch, step):
     for device in range(DEVICES):
         first = step * BATCH + device * per_device
         rows = order[first : first + per_device]
-        images = random_crop_flip(
-            step_key(key, epoch, step, device), jnp.asarray(examples.images[rows]), 1, True
-        )
+        positions = jnp.arange(device * per_device, (device + 1) * per_device, dtype=jnp.int32)
+        draws = position_draws(step_key(key, epoch, step), positions, CROP_DRAWS)
+        images = random_crop_flip(draws, jnp.asarray(examples.images[rows]), 1, True)
         (loss, hit), gradient = plain_gradient()(
             state.params,
             normalise(images, examples.mean, examples.std),
@@ -249,7 +253,7 @@ def score():
     """(labels) -> hits of the parent with one architecture over SCORED examples, on 8 devices."""
     examples = random_examples(SCORED, 9)
     params, architecture = random_like(shapes(), 3, 0.3), random_architecture(2)
-    function = pmap_kept(make_score_call(NETWORK, SCORED, BATCH, DEVICES))
+    function = pmap_kept(make_score_call(NETWORK, SCORED, BATCH, Shards(DEVICES)))
     operands = [replicate(params), replicate(examples), replicate(call_of(architecture))]
     program = function.lower(*operands).compile(QUICK)
 
@@ -319,7 +323,7 @@ def test_the_pmapped_programs_lower_for_tpu(child_optimizer):
     examples = on_devices(random_examples(TRAINING, 7))
     call = on_devices(call_of(random_architecture(0)))
     train_call = make_train_call(dataclasses.replace(STEP, supernet=network), optimizer)
-    score_call = make_score_call(network, SCORED, BATCH, DEVICES)
+    score_call = make_score_call(network, SCORED, BATCH, Shards(DEVICES))
     for function, first in (
         (pmap_donated(train_call), state),
         (pmap_kept(score_call), params),

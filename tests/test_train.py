@@ -143,7 +143,11 @@ def test_a_trained_network_answers_for_its_checkpoint_and_for_no_other_cells(con
     assert value["top1"] <= value["top5"] <= 1
     shares = np.diagonal(value["confusion"]) / np.sum(value["confusion"], axis=1)
     assert value["per_class"] == pytest.approx(shares)
-    assert f"37 examples: top-1 {value['top1']:.4f}" in file.getvalue()
+    assert (
+        f"last checkpoint, after epoch 2, on the split test, 37 examples: top-1 {value['top1']:.4f}"
+    ) in file.getvalue()
+    assert "estimated memory of a device: " in file.getvalue()
+    assert "evaluation program" in file.getvalue()
     config.genotype = "DARTS_V2"
     with pytest.raises(UserError, match="has other cells than were trained"):
         run(config, trained.workdir)
@@ -226,9 +230,11 @@ def test_a_parent_beside_the_child_is_trained_too(config):
     trainer = trainer_of(config)
     before = trainer.initial_state()
     trainer.load(before)
+    donated = jax.tree.leaves(trainer._state)
     sums = EpochSums()
     trainer.train(0, 0, 2, sums)
     after = trainer.host_state()
+    assert all(leaf.is_deleted() for leaf in donated)
     assert sums.values["parent"] > 0
     assert sums.values["reconstruction"] > 0
     for old, new in (
@@ -244,6 +250,17 @@ def test_a_parent_beside_the_child_is_trained_too(config):
         ]
         assert kernels
         assert all(np.any(a != b) for a, b in kernels)
+
+
+def test_the_old_state_is_donated(config):
+    """Weights, optimizer, averages and class means: training needs their memory once."""
+    trainer = trainer_of(config)
+    trainer.load(trainer.initial_state())
+    donated = jax.tree.leaves(trainer._state)
+    assert len(donated) > 2 * len(jax.tree.leaves(trainer._state.params))
+    trainer.train(0, 0, 1, EpochSums())
+    assert all(leaf.is_deleted() for leaf in donated)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainer._state))
 
 
 def test_two_step_training_begins_with_real_weights(config):

@@ -112,10 +112,11 @@ def test_evaluations_are_every_other_epoch_and_at_the_end(kept):
 def test_best_and_last_are_kept_and_can_be_evaluated(kept, scripted, monkeypatch):
     best, last = states(kept, "best"), states(kept, "checkpoints")
     assert max(best) == 4
-    assert set(last) == {4, 8, 12, 16, 20}
-    assert digest(best[4]) == digest(last[16])
+    # Four steps an epoch, and one for its end.
+    assert set(last) == {5, 10, 15, 20, 25}
+    assert digest(best[4]) == digest(last[20])
     monkeypatch.setattr(Trainer, "evaluate", scripted)
-    for name, state, epoch in (("best", best[4], 4), ("last", last[20], 5)):
+    for name, state, epoch in (("best", best[4], 4), ("last", last[25], 5)):
         config = longer(kept)
         config.evaluate.checkpoint = name
         modes.evaluate_mode(config, kept / "run", reporter_to(io.StringIO()))
@@ -149,7 +150,7 @@ def test_a_best_one_that_is_gone_is_not_what_others_are_compared_to(kept, script
     workdir = shutil.copytree(kept / "run", tmp_path / "run")
     (workdir / "results.json").unlink()
     shutil.rmtree(workdir / "train/best")
-    shutil.rmtree(workdir / "train/checkpoints/20")
+    shutil.rmtree(workdir / "train/checkpoints/25")
     run(longer(tmp_path), workdir)
     results = results_of(workdir)
     assert (results["best_epoch"], results["best_test_accuracy"]) == (5, 0.5)

@@ -1,6 +1,5 @@
 """A training in a process of its own ends bitwise the same after a SIGKILL at any moment."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,9 +8,8 @@ import sys
 import pytest
 import stand_in
 from command_line import ROOT, kill_after_a_line
+from outcomes import train_outcome
 from small_training import GENOTYPE, SMALL
-
-from cpnas_jax.runtime.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -52,22 +50,6 @@ def finish(process):
     return output
 
 
-def outcome(workdir):
-    """Lines, results, and digests of the last and the best state; durations apart."""
-    text = (workdir / "train/metrics.jsonl").read_text()
-    results = json.loads((workdir / "results.json").read_text())["train"]
-    lines = [json.loads(line) for line in text.splitlines()]
-    for entry in (results, *lines):
-        entry.pop("seconds")
-        entry.pop("images_per_second", None)
-    digests = []
-    for name in ("checkpoints", "best"):
-        with Checkpoints(workdir / "train" / name, 2) as checkpoints:
-            newest = max(checkpoints._manager.all_steps())
-            digests.append((newest, checkpoints._record(newest, None)[1]))
-    return lines, results, digests
-
-
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_killed_training_ends_bitwise_as_if_it_had_not_been(start, undisturbed, tmp_path, kills):
     log = tmp_path / "train/metrics.jsonl"
@@ -77,4 +59,4 @@ def test_a_killed_training_ends_bitwise_as_if_it_had_not_been(start, undisturbed
         kill_after_a_line(process, log, 0.03 * number)
         assert process.returncode == -signal.SIGKILL
     assert "Resumed " in finish(start(tmp_path))
-    assert outcome(tmp_path) == outcome(undisturbed)
+    assert train_outcome(tmp_path) == train_outcome(undisturbed)

@@ -21,6 +21,7 @@ from genotype_mistakes import MISTAKES, edge
 from small_training import GENOTYPE, Command, refusal
 
 from cpnas_jax.models import losses
+from cpnas_jax.runtime import environment, parallel
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -229,21 +230,67 @@ def test_no_checkpoint_is_whole(refused, copied, damage):
     for path in paths:
         damage(path)
     before = contents(copied)
-    for mode in ("train", "evaluate"):
-        error = refused(mode, copied)
-        assert f"no checkpoint in {copied / 'train/checkpoints'} can be read" in error
-        assert "to start again" in error
+    error = refused("train", copied)
+    assert f"no checkpoint in {copied / 'train/checkpoints'} can be read" in error
+    assert "to start again" in error
+    error = refused("evaluate", copied)
+    assert error.startswith(f"error: the checkpoint {newest(copied / 'train/checkpoints')} is dam")
     assert contents(copied) == before
+
+
+def newest(directory):
+    """The checkpoint with the largest number."""
+    return max(directory.iterdir(), key=lambda path: int(path.name))
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize(("asked", "kind"), [("last", "checkpoints"), ("best", "best")])
+def test_a_damaged_checkpoint_is_not_evaluated_by_another(
+    refused, command, copied, capsys, asked, kind, done
+):
+    """The other of `last` and `best` still answers, and says that it does."""
+    if not done:
+        unfinished(copied)
+    path = newest(copied / "train" / kind)
+    for file in arrays(path):
+        cut(file)
+    before = contents(copied)
+    error = refused("evaluate", copied, f"--config.evaluate.checkpoint={asked}")
+    assert error.startswith(f"error: the checkpoint {path} is damaged (")
+    other = "best" if asked == "last" else "last"
+    again = f"delete {copied / 'train'} and 'train' in {copied / 'results.json'}, then run the same"
+    assert ("the mode `train` resumes from the one before" in error) == (
+        asked == "last" and not done
+    )
+    assert (f"give --config.evaluate.checkpoint={other}" in error) == (asked == "best" or done)
+    assert (again in error) == done
+    assert contents(copied) == before
+    assert command("evaluate", copied, f"--config.evaluate.checkpoint={other}") == 0
+    epoch = json.loads((copied / "train/evaluation.json").read_text())["epoch"]
+    said = f"{other} checkpoint, after epoch {epoch}, on the split test, 80 examples: top-1 "
+    assert said in capsys.readouterr().out
+
+
+def test_a_lost_checkpoint_of_a_finished_training_is_not_evaluated_by_the_one_before(
+    refused, command, copied, capsys
+):
+    directory = copied / "train/checkpoints"
+    shutil.rmtree(newest(directory))
+    error = refused("evaluate", copied)
+    assert f"{directory} holds epoch 1, but not epoch 2 of the finished training; restore" in error
+    unfinished(copied)
+    assert command("evaluate", copied) == 0
+    assert "last checkpoint, after epoch 1, on the split test, 80 ex" in capsys.readouterr().out
 
 
 def test_the_newest_checkpoint_is_cut(command, trained, copied, caplog):
     """The training goes on from the one before and ends as it would have."""
     unfinished(copied)
-    newest = max((copied / "train/checkpoints").iterdir(), key=lambda path: int(path.name))
-    for path in arrays(newest):
+    damaged = newest(copied / "train/checkpoints")
+    for path in arrays(damaged):
         cut(path)
     assert command("train", copied) == 0
-    assert f"checkpoint {newest} is damaged and passed over" in caplog.text
+    assert f"checkpoint {damaged} is damaged and passed over" in caplog.text
     results = [
         json.loads((path / "results.json").read_text())["train"] for path in (trained, copied)
     ]
@@ -305,6 +352,16 @@ def test_another_split_is_evaluated_with_the_same_checkpoint(command, copied):
     assert command("evaluate", copied, "--config.evaluate.split=train") == 0
     value = json.loads((copied / "train/evaluation.json").read_text())
     assert (value["split"], value["examples"]) == ("train", 320)
+
+
+def test_an_evaluation_that_does_not_fit_is_refused(refused, copied, monkeypatch):
+    monkeypatch.setattr(environment, "device_memory", lambda: 2**40)
+    monkeypatch.setattr(parallel.Program, "temporary_bytes", lambda _: 2**41)
+    (copied / "train/evaluation.json").unlink(missing_ok=True)
+    error = refused("evaluate", copied)
+    assert "evaluation program 2097152), a device has 1048576 MiB" in error
+    assert error.endswith("; lower config.evaluate.batch_size\n")
+    assert not (copied / "train/evaluation.json").exists()
 
 
 def test_a_stem_without_channels(refused, tmp_path):

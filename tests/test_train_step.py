@@ -9,6 +9,7 @@ from draws import QUICK
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.models.network import NetworkSettings
 from cpnas_jax.runtime.parallel import AXIS
+from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.train_step import (
     LOSS_TERMS,
     LossSettings,
@@ -25,7 +26,7 @@ SETTINGS = StepSettings(
     drop_path=0.0,
     average_decay=0.0,
     batch_size=4,
-    num_devices=2,
+    shards=Shards(2),
     crop_padding=0,
     flip=False,
     color_jitter=0.0,
@@ -41,8 +42,9 @@ MEAN, STD = np.zeros(1, np.float32), np.full(1, 1 / 255, np.float32)
 def counting_step(losses):
     """A step whose loss is that of its number, and which notes the labels it sees."""
 
-    def step(state, images, labels, key):
-        del key
+    def step(state, load, key, passes):
+        del key, passes
+        images, labels, _ = load(jax.lax.axis_index(AXIS))
         number, seen = state
         metrics = dict.fromkeys(LOSS_TERMS, jnp.float32(2))
         loss = jnp.asarray(losses, jnp.float32)[number]
@@ -56,7 +58,8 @@ def counting_step(losses):
 
 def call_of(first_step, num_steps):
     key = np.asarray(jax.random.key_data(jax.random.key(0)))
-    return TrainCall(np.int32(0), np.int32(first_step), np.int32(num_steps), key)
+    zero, one = np.int32(0), np.int32(1)
+    return TrainCall(zero, np.int32(first_step), np.int32(num_steps), zero, one, key)
 
 
 def on_two_devices(call, batched):

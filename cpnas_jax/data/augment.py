@@ -1,16 +1,22 @@
-"""Augmentation and normalisation on the device, inside the compiled training step."""
+"""Augmentation and normalisation on the device, inside the compiled training step.
+
+Each function takes what is random as uniform draws, a row for each image.
+"""
 
 import jax
 import jax.numpy as jnp
 
+CROP_DRAWS, COLOR_DRAWS, CUT_DRAWS = 3, 4, 2
+"""Numbers that an image needs."""
 
-def random_crop_flip(key: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:
+
+def random_crop_flip(draws: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:
     """Shift each image at random within a black border, and mirror it with probability 1/2.
 
     The border is black in uint8, before normalisation, as in DARTS (zero padding of the pixels).
 
     Args:
-        key: random key.
+        draws: f32[b, CROP_DRAWS] in [0, 1).
         images: uint8[b, h, w, c].
         padding: pixels on each side, static; each shift is uniform over 2 * padding + 1 values in
             either direction. 0 crops nothing.
@@ -19,15 +25,16 @@ def random_crop_flip(key: jax.Array, images: jax.Array, padding: int, flip: bool
     Returns:
         uint8[b, h, w, c].
     """
-    batch = images.shape[0]
-    row_key, column_key, mirror_key = jax.random.split(key, 3)
-    # Drawn even where unused: turning the flip off does not change the crops.
-    rows = jax.random.randint(row_key, (batch,), 0, 2 * padding + 1, jnp.int32)
-    columns = jax.random.randint(column_key, (batch,), 0, 2 * padding + 1, jnp.int32)
-    mirrored = jax.random.bernoulli(mirror_key, shape=(batch,)) & flip
     if not padding and not flip:
         return images
-    return crop_flip(images, rows, columns, mirrored, padding)
+    rows, columns = (_whole(draws[:, i], 2 * padding + 1) for i in range(2))
+    return crop_flip(images, rows, columns, (draws[:, 2] < 0.5) & flip, padding)
+
+
+def _whole(draws: jax.Array, values: int) -> jax.Array:
+    """Return int32 in [0, values) from draws in [0, 1)."""
+    # Even the largest draw, 1 - 2**-23, times `values` rounds to less than `values`.
+    return (draws * values).astype(jnp.int32)
 
 
 def crop_flip(
@@ -58,7 +65,7 @@ def crop_flip(
 
 
 def color_jitter(
-    key: jax.Array,
+    draws: jax.Array,
     images: jax.Array,
     brightness: float,
     contrast: float,
@@ -72,7 +79,7 @@ def color_jitter(
     orders.
 
     Args:
-        key: random key.
+        draws: f32[b, COLOR_DRAWS] in [0, 1).
         images: uint8[b, h, w, c], or f32 in [0, 255]; c is 1 or 3.
         brightness: static; factors are uniform within so much of 1, and at least 0.
         contrast: likewise.
@@ -83,15 +90,11 @@ def color_jitter(
     Returns:
         f32[b, h, w, c] in [0, 255], not rounded, as `normalise` takes it.
     """
-    shape = (images.shape[0],)
     factors = []
-    # Drawn even where unused: turning one change off does not change the others.
-    keys = jax.random.split(key, 4)
-    for part, spread in zip(keys, (brightness, contrast, saturation), strict=False):
-        factors.append(
-            jax.random.uniform(part, shape, jnp.float32, max(0.0, 1 - spread), 1 + spread)
-        )
-    shift = jax.random.uniform(keys[3], shape, jnp.float32, -hue, hue)
+    for column, spread in enumerate((brightness, contrast, saturation)):
+        low = max(0.0, 1 - spread)
+        factors.append(low + (1 + spread - low) * draws[:, column])
+    shift = hue * (2 * draws[:, 3] - 1)
     pixels = images.astype(jnp.float32)
     if brightness:
         pixels = adjust_brightness(pixels, factors[0])
@@ -130,11 +133,12 @@ def shift_hue(images: jax.Array, shifts: jax.Array) -> jax.Array:
     value = jnp.max(images, axis=-1)
     chroma = value - jnp.min(images, axis=-1)
     divisor = jnp.where(chroma > 0, chroma, 1)
-    # In sixths of the circle: red is 0, green 2, blue 4.
+    # In sixths of the circle: red is 0, green 2, blue 4. Not by `value == red`: XLA may compute the
+    # images twice, rounded in two ways, and then no channel would be the largest.
     hue = jnp.where(
-        value == red,
+        (red >= green) & (red >= blue),
         (green - blue) / divisor,
-        jnp.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+        jnp.where(green >= blue, (blue - red) / divisor + 2, (red - green) / divisor + 4),
     )
     hue = hue + 6 * shifts[:, None, None]
     channels = []
@@ -157,14 +161,14 @@ def _blend(images: jax.Array, others: jax.Array, factors: jax.Array) -> jax.Arra
     return jnp.clip(others + factors[:, None, None, None] * (images - others), 0, 255)
 
 
-def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
+def cutout(draws: jax.Array, images: jax.Array, size: int) -> jax.Array:
     """Set a square around a random pixel of each image to zero (DeVries and Taylor 2017).
 
     The square's centre is uniform over the image, so it may lie partly outside, as in DARTS, which
     also cuts after normalising: zero is the mean colour.
 
     Args:
-        key: random key.
+        draws: f32[b, CUT_DRAWS] in [0, 1).
         images: f32[b, h, w, c], normalised.
         size: side of the square, static; 0 cuts nothing.
 
@@ -173,10 +177,9 @@ def cutout(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
     """
     if not size:
         return images
-    batch, height, width, _ = images.shape
-    row_key, column_key = jax.random.split(key)
-    first_row = jax.random.randint(row_key, (batch,), 0, height, jnp.int32) - size // 2
-    first_column = jax.random.randint(column_key, (batch,), 0, width, jnp.int32) - size // 2
+    _, height, width, _ = images.shape
+    first_row = _whole(draws[:, 0], height) - size // 2
+    first_column = _whole(draws[:, 1], width) - size // 2
 
     def inside(first: jax.Array, length: int) -> jax.Array:
         places = jnp.arange(length, dtype=jnp.int32)[None]

@@ -1,7 +1,7 @@
 """The order of examples, as a pure function of (key, epoch, step): no iterator, no state.
 
 A resumed run therefore goes on with exactly the batches that an uninterrupted one would have seen,
-and the batches do not depend on how many devices share them.
+and neither the batches nor what is drawn for their examples depends on how many devices share them.
 """
 
 import jax
@@ -30,21 +30,27 @@ def epoch_permutation(key: jax.Array, epoch: int | jax.Array, n: int) -> jax.Arr
     return jax.random.permutation(epoch_key, jnp.arange(n, dtype=jnp.int32))
 
 
-def step_key(
-    key: jax.Array, epoch: int | jax.Array, step: int | jax.Array, device: int | jax.Array
-) -> jax.Array:
-    """Return the key for one device's randomness in one step; independent of the permutation.
+def step_key(key: jax.Array, epoch: int | jax.Array, step: int | jax.Array) -> jax.Array:
+    """Return the key for the randomness of one step; independent of the permutation.
+
+    What an example draws from it depends on its position in the global batch (`position_draws`).
 
     Args:
         key: random key of the run.
         epoch: int32[], may be traced.
         step: int32[], step within the epoch, may be traced.
-        device: int32[], index over all devices of all processes, may be traced.
     """
-    folded = jax.random.fold_in(key, _STEP)
-    for index in (epoch, step, device):
-        folded = jax.random.fold_in(folded, index)
-    return folded
+    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, _STEP), epoch), step)
+
+
+def shard_positions(shard: int | jax.Array, size: int) -> jax.Array:
+    """Return the positions in the global batch of a shard's examples, int32[size].
+
+    Args:
+        shard: int32[], which of the parts of this size, may be traced.
+        size: examples of a shard, static.
+    """
+    return jnp.asarray(shard, jnp.int32) * size + jnp.arange(size, dtype=jnp.int32)
 
 
 def weights_key(key: jax.Array, model: int) -> jax.Array:
@@ -61,10 +67,10 @@ def batch_indices(
     permutation: jax.Array,
     step: int | jax.Array,
     global_batch: int,
-    device_index: int | jax.Array,
-    per_device_batch: int,
+    shard: int | jax.Array,
+    shard_size: int,
 ) -> jax.Array:
-    """Return the examples of one device in one step of an epoch.
+    """Return the examples of one part of the batch in one step of an epoch.
 
     An epoch has `n // global_batch` steps. The examples left over are other ones in every epoch.
 
@@ -72,22 +78,22 @@ def batch_indices(
         permutation: int32[n], from `epoch_permutation`.
         step: int32[], below `n // global_batch`, may be traced.
         global_batch: examples a step over all devices, static, at most n.
-        device_index: int32[], index over all devices of all processes, may be traced.
-        per_device_batch: examples a device, static; times the devices it is `global_batch`.
+        shard: int32[], which part, such as the index of a device, may be traced.
+        shard_size: examples of a part, static; a divisor of `global_batch`.
 
     Returns:
-        int32[per_device_batch].
+        int32[shard_size].
 
     Raises:
         ValueError: the sizes do not fit each other.
     """
     if not 0 < global_batch <= permutation.shape[0]:
         raise ValueError(f"global_batch {global_batch} of {permutation.shape[0]} examples")
-    if per_device_batch < 1 or global_batch % per_device_batch:
-        raise ValueError(f"per_device_batch {per_device_batch} of global_batch {global_batch}")
+    if shard_size < 1 or global_batch % shard_size:
+        raise ValueError(f"shard_size {shard_size} of global_batch {global_batch}")
     start = jnp.asarray(step, jnp.int32) * global_batch
-    start += jnp.asarray(device_index, jnp.int32) * per_device_batch
-    return lax.dynamic_slice_in_dim(permutation, start, per_device_batch)
+    start += jnp.asarray(shard, jnp.int32) * shard_size
+    return lax.dynamic_slice_in_dim(permutation, start, shard_size)
 
 
 def scoring_indices(n: int, batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -65,6 +65,7 @@ class OperationSettings:
         normalization: one of `NORMALIZATIONS`.
         normalize_pools: BN after pooling, as in the search; DARTS' final networks have none.
         levers: additions to the child.
+        statistics: the devices over which batch statistics are taken; None: each device's own.
 
     Raises:
         ValueError: a field is out of range.
@@ -78,6 +79,7 @@ class OperationSettings:
     normalization: str = "batch"
     normalize_pools: bool = True
     levers: Levers = dataclasses.field(default_factory=Levers)
+    statistics: layers.StatisticsAxis | None = None
 
     def __post_init__(self) -> None:
         layers.resolve_formulation(self.formulation)
@@ -110,12 +112,16 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[N, H, W, C] to the same."""
+        # Parameters are made on one device, outside of any axis.
+        over = None if self.is_initializing() else self.settings.statistics
         if self.settings.normalization == "batch":
-            return layers.normalize(x)
+            return layers.normalize(x, over)
         return nn.BatchNorm(
             use_running_average=self.settings.normalization == "running",
             momentum=BATCH_NORM_MOMENTUM,
             epsilon=layers.BATCH_NORM_EPSILON,
+            axis_name=over.name if over else None,
+            axis_index_groups=over.groups if over else None,
             name="affine",
         )(x)
 
@@ -174,16 +180,18 @@ class Between(nn.Module):
         """f[N, H, W, C] to the same shape."""
         require_plain(self.settings, binary)
         if not isinstance(binary, bool):
-            return _selected_between(x, binary, self.settings.binarizer)
+            return _selected_between(x, binary, self.settings.binarizer, self.settings.statistics)
         if not binary:
             return x
         return Sign(self.settings, name="sign")(Norm(self.settings, name="norm")(x))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _selected_between(x: jax.Array, binary: jax.Array, binarizer: Binarizer) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _selected_between(
+    x: jax.Array, binary: jax.Array, binarizer: Binarizer, over: layers.StatisticsAxis | None
+) -> jax.Array:
     def child(x: jax.Array) -> jax.Array:
-        return binarize_activations(layers.normalize(x), binarizer)
+        return binarize_activations(layers.normalize(x, over), binarizer)
 
     # Only the one asked for is computed.
     return lax.cond(binary, child, lambda x: x, x)

@@ -8,6 +8,7 @@ against each other in value and gradient.
 Padding is explicit and symmetric, dilation * (k // 2), as in PyTorch; "SAME" differs at stride 2.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -24,6 +25,21 @@ BATCH_NORM_EPSILON = 1e-3
 """Added to the variance (DCP-NAS' code has it in final training; in search it is our choice)."""
 
 _DEPTHWISE_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+@dataclasses.dataclass(frozen=True)
+class StatisticsAxis:
+    """Devices that normalise their parts of a batch, of equal sizes, by the moments of all parts.
+
+    Every device of a group must come to the same normalisations in the same order.
+
+    Attributes:
+        name: of the mapped axis that their function runs in.
+        groups: positions on the axis that belong together; None: all.
+    """
+
+    name: str
+    groups: tuple[tuple[int, ...], ...] | None = None
 
 
 def resolve_formulation(formulation: str) -> str:
@@ -171,13 +187,23 @@ def _pool_shares(height: int, width: int, stride: int) -> np.ndarray:
     return 1.0 / (counts(height)[None, :, None, None] * counts(width)[None, None, :, None])
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def normalize(x: jax.Array, epsilon: float = BATCH_NORM_EPSILON) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def normalize(
+    x: jax.Array, over: StatisticsAxis | None = None, epsilon: float = BATCH_NORM_EPSILON
+) -> jax.Array:
     """Batch normalisation by the batch's own moments over N, H, W, without affine parameters.
 
     The variance is E[x^2] - E[x]^2 in one pass over the data, clamped at 0 against rounding.
+
+    Args:
+        x: f[N, H, W, C], a device's part of the batch.
+        over: the devices that hold the batch; None: this one alone.
+        epsilon: added to the variance.
     """
     mean = jnp.mean(x, axis=(0, 1, 2), keepdims=True)
     square = jnp.mean(x * x, axis=(0, 1, 2), keepdims=True)
+    if over is not None:
+        # The gradient's own sum over the devices is the transpose that pmap gives this one.
+        mean, square = lax.pmean((mean, square), over.name, axis_index_groups=over.groups)
     variance = jnp.maximum(square - mean * mean, 0)
     return (x - mean) * lax.rsqrt(variance + epsilon)

@@ -124,22 +124,30 @@ def _seen(means: jax.Array) -> jax.Array:
     return jnp.any(means != 0, axis=(1, 2, 3), keepdims=True)
 
 
-def update_means(
-    means: jax.Array, features: jax.Array, labels: jax.Array, axis_name: str | None = None
-) -> jax.Array:
+def class_sums(features: jax.Array, labels: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
+    """Return each class's sum of features and number of examples; parts of a batch add up.
+
+    Args:
+        features: f32[N, H, W, C].
+        labels: int32[N].
+        classes: how many, static.
+
+    Returns:
+        f32[classes, H, W, C] and f32[classes].
+    """
+    members = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    sums = jnp.einsum("nk,nhwc->khwc", members, lax.stop_gradient(features))
+    return sums, jnp.sum(members, axis=0)
+
+
+def update_means(means: jax.Array, sums: jax.Array, counts: jax.Array) -> jax.Array:
     """Move the class means towards those of a batch, or begin with it; absent classes keep theirs.
 
     Args:
         means: f32[classes, H, W, C].
-        features: f32[N, H, W, C].
-        labels: int32[N].
-        axis_name: of the devices that share the batch.
+        sums: of `class_sums`, of the whole batch.
+        counts: likewise.
     """
-    members = jax.nn.one_hot(labels, means.shape[0], dtype=jnp.float32)
-    sums = jnp.einsum("nk,nhwc->khwc", members, lax.stop_gradient(features))
-    counts = jnp.sum(members, axis=0)
-    if axis_name is not None:
-        sums, counts = lax.psum((sums, counts), axis_name)
     batch = sums / jnp.maximum(counts, 1)[:, None, None, None]
     moved = jnp.where(_seen(means), CENTER_DECAY * means + (1 - CENTER_DECAY) * batch, batch)
     return jnp.where(counts[:, None, None, None] > 0, moved, means)

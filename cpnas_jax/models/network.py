@@ -17,6 +17,7 @@ from jax import lax
 
 from cpnas_jax.models import layers
 from cpnas_jax.models.blocks import Norm, OperationSettings, kernel_init
+from cpnas_jax.models.draws import position_draws
 from cpnas_jax.models.initial import draw_kernels
 from cpnas_jax.models.operations import Preprocess, make_operation
 from cpnas_jax.models.recompute import apply_recomputed
@@ -162,6 +163,18 @@ class Outputs(NamedTuple):
     features: jax.Array
 
 
+class DropPath(NamedTuple):
+    """What drop path needs to know of a batch.
+
+    Attributes:
+        rate: f[], the probability that an edge is left out for an image.
+        positions: int32[N], the images' positions in the global batch, by which they draw.
+    """
+
+    rate: jax.Array
+    positions: jax.Array
+
+
 class Convolution(nn.Module):
     """A float 3x3 convolution, padding 1, without bias."""
 
@@ -218,15 +231,18 @@ class Cell(nn.Module):
 
     @nn.compact
     def __call__(
-        self, last_two: tuple[jax.Array, jax.Array], drop_path: jax.Array | None
+        self, last_two: tuple[jax.Array, jax.Array], drop_path: DropPath | None
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         """Return the outputs of the last cell and of this one, f[N, H', W', 4 * channels].
 
         Args:
             last_two: outputs of the cell before the last, and of the last.
-            drop_path: f[], the probability that an edge is left out for an image, or None.
+            drop_path: leaves edges out; None leaves none out.
         """
         place, settings = self.place, self.settings
+        if drop_path is not None:
+            # One draw for all edges: each takes XLA about as long to compile as a layer.
+            draws = position_draws(self.make_rng("drop_path"), drop_path.positions, len(self.edges))
         nodes = [
             Preprocess(
                 place.channels, i == 0 and place.reduce_first_input, settings, name=f"preprocess{i}"
@@ -235,13 +251,13 @@ class Cell(nn.Module):
         ]
         for target in range(NUM_INPUTS, NUM_NODES):
             total = None
-            for source, node, name in self.edges:
+            for edge, (source, node, name) in enumerate(self.edges):
                 if node != target or name == "none":
                     continue
                 stride = 2 if place.kind == "reduce" and source < NUM_INPUTS else 1
                 y = self._edge(name, stride, f"edge{source}_{target}", nodes[source])
                 if drop_path is not None and (name, stride) != ("skip_connect", 1):
-                    y = _drop_path(y, drop_path, self.make_rng("drop_path"))
+                    y = _dropped(y, drop_path.rate, draws[:, edge])
                 total = y if total is None else total + y
             assert total is not None
             nodes.append(total)
@@ -256,11 +272,10 @@ class Cell(nn.Module):
         return module(x, self.binary)
 
 
-def _drop_path(x: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
-    """Set x to zero for a share `rate` of the images; scale the rest up by 1 / (1 - rate)."""
+def _dropped(x: jax.Array, rate: jax.Array, draws: jax.Array) -> jax.Array:
+    """Set images whose draw is in the upper `rate` of [0, 1) to zero, scale the others up."""
     keep = 1 - rate
-    kept = jax.random.bernoulli(key, keep, (x.shape[0], 1, 1, 1))
-    return jnp.where(kept, x / keep, 0)
+    return jnp.where((draws < keep)[:, None, None, None], x / keep, 0)
 
 
 class Auxiliary(nn.Module):
@@ -305,7 +320,7 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, *, train: bool, drop_path: jax.Array | None = None
+        self, images: jax.Array, *, train: bool, drop_path: DropPath | None = None
     ) -> Outputs:
         """Apply the network.
 
@@ -313,7 +328,7 @@ class Network(nn.Module):
             images: f[N, H, W, C], normalised.
             train: batch statistics (and their running averages updated) and the auxiliary
                 classifier, or running averages.
-            drop_path: f[], share of edges left out; needs the random stream `drop_path`.
+            drop_path: leaves edges out; needs the random stream `drop_path`.
 
         Returns:
             Logits, auxiliary logits, last feature map.

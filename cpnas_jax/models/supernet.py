@@ -163,7 +163,8 @@ def apply(
     chex.assert_type(architecture, jnp.int32)
     formulation = settings.operations.formulation
     stem = layers.normalize(
-        layers.conv_3x3(images, params["stem"]["kernel"], formulation=formulation)
+        layers.conv_3x3(images, params["stem"]["kernel"], formulation=formulation),
+        settings.operations.statistics,
     )
     previous, current = stem, stem
     for shape, cell in zip(cell_shapes(settings), params["cells"], strict=True):

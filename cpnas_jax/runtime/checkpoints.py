@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -83,13 +84,26 @@ def _record_digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+def _reason(error: Exception) -> str:
+    """Return what an error says in part of a line."""
+    return " ".join(str(error).split())[:200]
+
+
 def holds_checkpoints(directory: epath.Path) -> bool:
     """Tell whether a directory is there and a checkpoint, damaged or not, is in it."""
-    return directory.exists() and any(child.name.isdigit() for child in directory.iterdir())
+
+    def holds() -> bool:
+        return directory.exists() and any(child.name.isdigit() for child in directory.iterdir())
+
+    return processes.from_first(holds)
 
 
 class Checkpoints:
-    """Numbered checkpoints in a directory; the newest `keep` are kept."""
+    """Numbered checkpoints in a directory; the newest `keep` are kept.
+
+    Of several processes the first alone reads and writes, and tells the others what it found or
+    what failed; all of them call the same methods.
+    """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int) -> None:
         """Open or make the directory.
@@ -98,7 +112,18 @@ class Checkpoints:
             UserError: it cannot be written.
         """
         self._directory = epath.Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager: Any = None
+        processes.first_alone(lambda: self._open(keep))
+
+    def _open(self, keep: int) -> None:
+        # The first process would otherwise wait in orbax for the others.
+        alone = ocp.options.MultiprocessingOptions(
+            active_processes={0} if processes.several() else None,
+            barrier_sync_key_prefix=f"{self._directory.parent.name}-{self._directory.name}",
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=False, multiprocessing_options=alone
+        )
         try:
             # Orbax would only notice while it saves, and hang.
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -119,13 +144,16 @@ class Checkpoints:
         Raises:
             UserError: this save or the one before cannot be written.
         """
+        processes.first_alone(lambda: self._save(step, state, record))
+
+    def _save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         host = jax.tree.map(np.asarray, state)
         # Leaves by position: optimizer states are tuples of types that a file need not know.
         leaves = {f"leaf{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(host))}
-        digests = {"digest": digest(host), "record_digest": _record_digest(record)}
+        checks = {"step": step, "digest": digest(host), "record_digest": _record_digest(record)}
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves),
-            record=ocp.args.JsonSave({**digests, "record": record}),
+            record=ocp.args.JsonSave({**checks, "record": record}),
         )
         with self._writing():
             saved = self._manager.save(step, args=arguments)
@@ -145,25 +173,77 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but they are of another config, or none of them can
                 be used.
+            OSError: a damaged one cannot be put aside.
         """
-        steps = self.steps()[::-1]
+        return self._told(like, lambda: self._newest_whole(like, config_hash))
+
+    def restore_only_newest(
+        self, like: Any, config_hash: str | None, remedy: str
+    ) -> Restored | None:
+        """Read the newest checkpoint and no other in its place; None where there is none.
+
+        Args:
+            like: see `restore_newest`.
+            config_hash: see `restore_newest`.
+            remedy: what the user can do about a damaged one.
+
+        Raises:
+            UserError: it is damaged or of another config; nothing is put aside.
+        """
+
+        def newest() -> Restored | None:
+            steps = self._steps()
+            if not steps:
+                return None
+            try:
+                return self._restore(steps[-1], like, config_hash)
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(
+                    f"the checkpoint {self._directory / str(steps[-1])} is damaged "
+                    f"({_reason(error)}); {remedy}"
+                ) from error
+
+        return self._told(like, newest)
+
+    def _told(self, like: Any, read: Callable[[], Restored | None]) -> Restored | None:
+        """Return in all processes what the first one reads."""
+        structure = jax.tree.structure(like)
+
+        def told() -> tuple[int, list[np.ndarray], dict[str, Any]] | None:
+            newest = read()
+            if newest is None:
+                return None
+            return newest.step, jax.tree.leaves(newest.state), newest.record
+
+        found = processes.from_first(told)
+        if found is None:
+            return None
+        step, leaves, record = found
+        return Restored(step, jax.tree.unflatten(structure, leaves), record)
+
+    def _newest_whole(self, like: Any, config_hash: str | None) -> Restored | None:
+        steps = self._steps()[::-1]
         reason, damaged = "", list[int]()
         for step in steps:
             try:
                 restored = self._restore(step, like, config_hash)
-                self._put_aside(damaged)
-                return restored
             except UserError:
                 raise
             # Damage shows in as many ways as there are layers below: any of them means the same.
             except Exception as error:
-                reason = " ".join(str(error).split())[:200]
+                reason = _reason(error)
                 damaged.append(step)
                 _LOGGER.warning(
                     "checkpoint %s is damaged and passed over: %s",
                     self._directory / str(step),
                     reason,
                 )
+            else:
+                # What fails here is the directory's fault, not this checkpoint's.
+                self._put_aside(damaged)
+                return restored
         if steps:
             raise UserError(
                 f"no checkpoint in {self._directory} can be read (last reason: {reason}); "
@@ -173,13 +253,20 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the numbers of what is there, ascending."""
+        return processes.from_first(self._steps)
+
+    def _steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
     def forget_above(self, step: int) -> None:
         """Delete every checkpoint with a number above `step`."""
-        for number in self.steps():
-            if number > step:
-                self._manager.delete(number)
+
+        def forget() -> None:
+            for number in self._steps():
+                if number > step:
+                    self._manager.delete(number)
+
+        processes.first_alone(forget)
 
     def _put_aside(self, steps: list[int]) -> None:
         for step in steps:
@@ -191,16 +278,19 @@ class Checkpoints:
     def _record(self, step: int, config_hash: str | None) -> tuple[dict[str, Any], str]:
         """Return the record and the arrays' digest; before the arrays, whose shapes it explains."""
         found = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-        record, digests = found["record"]["record"], found["record"]
-        if _record_digest(record) != digests["record_digest"]:
+        record, checks = found["record"]["record"], found["record"]
+        if _record_digest(record) != checks["record_digest"]:
             raise ValueError("its record does not have the digest that was saved")
+        # A directory that was renamed or copied is whole but for its number.
+        if checks.get("step") != step:
+            raise ValueError(f"it was not saved under this number but {checks.get('step')}")
         if config_hash is not None and record["config_hash"] != config_hash:
             raise UserError(
                 f"the checkpoints in {self._directory} are not of this config (config_hash "
                 f"{record['config_hash']!r}, here {config_hash!r}); use its config or another "
                 "--workdir"
             )
-        return record, digests["digest"]
+        return record, checks["digest"]
 
     def _restore(self, step: int, like: Any, config_hash: str | None) -> Restored:
         record, expected = self._record(step, config_hash)
@@ -244,6 +334,9 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written.
         """
+        processes.first_alone(self._wait)
+
+    def _wait(self) -> None:
         with self._writing():
             self._manager.wait_until_finished()
 
@@ -253,8 +346,11 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written.
         """
+        processes.first_alone(self._close)
+
+    def _close(self) -> None:
         try:
-            self.wait()
+            self._wait()
         finally:
             self._manager.close()
 
@@ -268,5 +364,9 @@ class Checkpoints:
         traceback: TracebackType | None,
     ) -> None:
         """Close; an error that is already under way is the one to be told."""
-        with contextlib.suppress(*([Exception] if kind else [])):
+        if not kind:
             self.close()
+        elif processes.is_first():
+            # Without the others, which need not have this error.
+            with contextlib.suppress(Exception):
+                self._close()

@@ -27,9 +27,10 @@ class _Console(Console):
 class Reporter:
     """Prints lines; between `with` and its end also a progress line, on a terminal only."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        """Write to a console, or to none, as in all processes of a run but the first."""
         # soft_wrap: a log line stays one line, whatever the width of a pipe is taken for.
-        self._console = console or _Console(highlight=False, soft_wrap=True)
+        self._console = console or _Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._progress: Progress | None = None
         self._started = time.monotonic()
 

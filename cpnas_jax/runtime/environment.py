@@ -34,6 +34,21 @@ def process_start() -> float:
     return time.monotonic() - max(age, time.monotonic() - _IMPORTED)
 
 
+def fix_threads(shards: int) -> None:
+    """Let what a CPU computes not depend on how many devices the process makes of it.
+
+    A matrix product with a long sum is cut among the threads of XLA's pool, which are as many as
+    the cores or, where that is more, the process' devices. With as many as there are virtual
+    shards, which no number of devices exceeds, it is cut the same way on any number of devices.
+
+    Args:
+        shards: of the deterministic mode; 0 changes nothing. To be called before JAX looks for its
+            devices.
+    """
+    if shards:
+        os.environ["NPROC"] = str(shards)
+
+
 def device_count() -> int:
     """Return the number of devices of all processes.
 
@@ -48,6 +63,16 @@ def device_count() -> int:
         raise UserError(
             f"JAX finds no device (JAX_PLATFORMS is {asked!r}): {' '.join(str(error).split())}"
         ) from error
+
+
+def devices_text(batch_size: int) -> str:
+    """Say what shares a global batch."""
+    devices, processes = jax.device_count(), jax.process_count()
+    of_several = f" of {processes} processes" if processes > 1 else ""
+    return (
+        f"{devices} {jax.default_backend()} device{'s' * (devices > 1)}{of_several}, batch "
+        f"{batch_size} in all, {batch_size // devices} a device."
+    )
 
 
 def compiler_options(level: int) -> dict[str, int]:

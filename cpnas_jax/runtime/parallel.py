@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import jax_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cpnas_jax.runtime import processes
 
 AXIS = "devices"
 """Axis of all devices of all processes in a pmapped function."""
@@ -29,9 +32,62 @@ def to_host(tree: Any) -> Any:
 
 def pmap_donated(function: Callable[..., Any]) -> Any:
     """pmap over all devices; the first argument, the state, is donated."""
-    return jax.pmap(function, axis_name=AXIS, donate_argnums=(0,))
+    return _pmap(function, donate_argnums=(0,))
 
 
 def pmap_kept(function: Callable[..., Any]) -> Any:
     """pmap over all devices; nothing is donated."""
-    return jax.pmap(function, axis_name=AXIS)
+    return _pmap(function)
+
+
+def _pmap(function: Callable[..., Any], **options: Any) -> Any:
+    # Told the size, it takes arrays of all processes as well as those of one.
+    return jax.pmap(function, axis_name=AXIS, axis_size=jax.device_count(), **options)
+
+
+class Program:
+    """A pmapped function, compiled; called with local arrays, whatever the number of processes.
+
+    What it returns are arrays over all devices, which it takes again as they are.
+    """
+
+    def __init__(self, function: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> None:
+        """Compile for arguments like these, with options of XLA."""
+        self._compiled = function.lower(*_over_all_devices(arguments)).compile(options)
+        processes.meet("program compiled")
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run on all devices; to be called by all processes."""
+        return self._compiled(*_over_all_devices(arguments))
+
+    def temporary_bytes(self) -> int:
+        """Return what a device needs beside arguments and results."""
+        return getattr(self._compiled.memory_analysis(), "temp_size_in_bytes", 0)
+
+
+def _over_all_devices(tree: Any) -> Any:
+    """Turn every process' local arrays into its part of arrays over the devices of all."""
+    if jax.process_count() == 1:
+        return tree
+    sharding = NamedSharding(Mesh(np.asarray(jax.devices()), (AXIS,)), PartitionSpec(AXIS))
+
+    def joined(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array):
+            if not leaf.is_fully_addressable:
+                return leaf
+            shards = [shard.data for shard in leaf.addressable_shards]
+        else:
+            rows = np.split(np.asarray(leaf), jax.local_device_count())
+            shards = [
+                jax.device_put(row, device)
+                for row, device in zip(rows, jax.local_devices(), strict=True)
+            ]
+        shape = (jax.device_count(), *shards[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+    return jax.tree.map(joined, tree)
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Return what a tree of pmapped arrays takes on a device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.atomic import write_atomically
 from cpnas_jax.runtime.errors import UserError, shown, writing
 from cpnas_jax.runtime.paths import user_path
@@ -39,7 +40,9 @@ def _locked(directory: epath.Path) -> Any:
 class Workdir:
     """A directory of one run.
 
-    `config.json` says of which config it is; another config is refused.
+    `config.json` says of which config it is; another config is refused. Of several processes the
+    first alone reads and writes, and tells the others what it found or what failed; all of them
+    call the same methods.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -49,6 +52,11 @@ class Workdir:
             UserError: it cannot.
         """
         self.path = user_path("--workdir", path)
+        processes.first_alone(self._make)
+        processes.require_shared(self.path)
+        self._lock: Any = None
+
+    def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe.{os.getpid()}"
@@ -56,18 +64,21 @@ class Workdir:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"--workdir={path} cannot be written ({error.strerror or error}); "
-                "give a directory that can"
+                f"--workdir={os.fspath(self.path)} cannot be written "
+                f"({error.strerror or error}); give a directory that can"
             ) from error
-        self._lock: Any = None
 
     def __enter__(self) -> "Workdir":
         """Lock the directory.
 
         Raises:
-            UserError: another process works in it.
+            UserError: another run works in it.
         """
-        self._lock = _locked(self.path)
+
+        def lock() -> None:
+            self._lock = _locked(self.path)
+
+        processes.first_alone(lock)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,7 +93,15 @@ class Workdir:
             UserError: it cannot be written.
         """
         text = json.dumps(value, indent=1) + "\n"
-        write_atomically(self.path / name, text.encode())
+        self.write(name, text.encode())
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        processes.first_alone(lambda: write_atomically(self.path / name, data))
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Read a JSON object; None where the file is absent.
@@ -90,6 +109,9 @@ class Workdir:
         Raises:
             UserError: the file is damaged.
         """
+        return processes.from_first(lambda: self._read_json(name))
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         if not path.exists():
             return None
@@ -179,7 +201,8 @@ class History:
         """
         self.path = path
         self.lines = list(lines)
-        write_atomically(path, "".join(map(_encode, self.lines)).encode())
+        text = "".join(map(_encode, self.lines))
+        processes.first_alone(lambda: write_atomically(path, text.encode()))
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line and bring it to the disk.
@@ -188,6 +211,9 @@ class History:
             UserError: it cannot be written.
         """
         self.lines.append(line)
+        processes.first_alone(lambda: self._append(line))
+
+    def _append(self, line: dict[str, Any]) -> None:
         with writing(self.path), self.path.open("a") as file:
             file.write(_encode(line))
             file.flush()

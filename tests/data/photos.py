@@ -1,10 +1,11 @@
-"""A small set of JPEGs of many sizes, whose labels tell the examples apart.
+"""Small sets of JPEGs of many sizes: `photos`, whose labels tell examples apart, and ImageNet's.
 
-python tests/data/photos.py DIR prepares it under DIR.
+python tests/data/photos.py DIR prepares the stand-in of ImageNet under DIR.
 """
 
 import io
 import sys
+from typing import ClassVar
 
 import numpy as np
 import stand_in
@@ -65,10 +66,42 @@ class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield index, {"image": image, "label": -1 if index < unlabelled else index}
 
 
+class Imagenet2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A stand-in under the name, version and features of the stock set.
+
+    It has as many examples as `smoke` reads of the original.
+    """
+
+    name = "imagenet2012"
+    VERSION = tfds.core.Version("5.1.0")
+    SPLITS: ClassVar = {"train": 1024, "validation": 512}
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(num_classes=1000),
+            "file_name": tfds.features.Text(),
+        }
+        return OfflineInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self.SPLITS}
+
+    def _generate_examples(self, split):
+        for index in range(self.SPLITS[split]):
+            name = f"{split}_{index:08d}.JPEG"
+            image = stand_in.encode(photo(index), "JPEG")
+            yield name, {"image": image, "label": index % 1000, "file_name": name}
+
+
 def prepare(data_dir, **download_options):
-    """Prepare the set; return its version directory."""
+    """Prepare `photos`; return its version directory."""
     return stand_in.prepare(Photos, data_dir, **download_options)
 
 
 if __name__ == "__main__":
-    print(prepare(*sys.argv[1:]))
+    print(stand_in.prepare(Imagenet2012, *sys.argv[1:]))

@@ -7,10 +7,21 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from cpnas_jax.data import augment
+from cpnas_jax.models.draws import position_draws
 
 
 def pictures(*shape):
     return np.random.default_rng(0).integers(1, 256, shape, dtype=np.uint8)
+
+
+def draws_of(key, images, count):
+    """What each image of a batch draws."""
+    return position_draws(jax.random.key(key), jnp.arange(len(images), dtype=jnp.int32), count)
+
+
+def moved(images, padding, flip, key=0):
+    draws = draws_of(key, images, augment.CROP_DRAWS)
+    return augment.random_crop_flip(draws, jnp.asarray(images), padding, flip)
 
 
 def shifted_and_mirrored(image, row, column, mirrored, padding):
@@ -54,7 +65,7 @@ def candidates(image, padding, flip):
 def test_random_augmentation_makes_all_of_the_allowed_images_and_no_other(padding, flip):
     image = pictures(6, 6, 3)
     images = np.broadcast_to(image, (500, 6, 6, 3))
-    augmented = augment.random_crop_flip(jax.random.key(0), jnp.asarray(images), padding, flip)
+    augmented = moved(images, padding, flip)
     assert {a.tobytes() for a in np.asarray(augmented)} == candidates(image, padding, flip)
 
 
@@ -62,9 +73,7 @@ def test_offsets_and_flips_are_uniform():
     # One bright pixel in the middle shows where its image went.
     images = np.zeros((9000, 9, 9, 1), np.uint8)
     images[:, 4, 4] = 255
-    augmented = np.asarray(
-        augment.random_crop_flip(jax.random.key(1), jnp.asarray(images), 4, True)
-    )
+    augmented = np.asarray(moved(images, 4, True, key=1))
     counts = (augmented[..., 0] > 0).sum(axis=0)
     assert counts.sum() == 9000
     # 81 positions, 111 each, standard deviation 10.5.
@@ -73,15 +82,13 @@ def test_offsets_and_flips_are_uniform():
 
 def test_images_of_a_batch_move_on_their_own():
     images = jnp.asarray(np.broadcast_to(pictures(16, 16, 1), (32, 16, 16, 1)))
-    augmented = np.asarray(augment.random_crop_flip(jax.random.key(2), images, 4, True))
+    augmented = np.asarray(moved(images, 4, True, key=2))
     assert len({a.tobytes() for a in augmented}) > 20
 
 
 def test_key_decides():
-    images = jnp.asarray(pictures(16, 8, 8, 3))
-    one, same, other = (
-        np.asarray(augment.random_crop_flip(jax.random.key(k), images, 2, True)) for k in (0, 0, 1)
-    )
+    images = pictures(16, 8, 8, 3)
+    one, same, other = (np.asarray(moved(images, 2, True, k)) for k in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
 
@@ -89,10 +96,8 @@ def test_key_decides():
 def test_turning_the_flip_off_keeps_the_crops():
     images = np.zeros((64, 9, 9, 1), np.uint8)
     images[:, 4, 4] = 255
-    key = jax.random.key(3)
     with_flip, without = (
-        np.asarray(augment.random_crop_flip(key, jnp.asarray(images), 3, flip))[..., 0]
-        for flip in (True, False)
+        np.asarray(moved(images, 3, flip, key=3))[..., 0] for flip in (True, False)
     )
     same = (with_flip == without).all(axis=(1, 2))
     mirrored = (with_flip == without[:, :, ::-1]).all(axis=(1, 2))
@@ -102,20 +107,27 @@ def test_turning_the_flip_off_keeps_the_crops():
 
 def test_nothing_to_do():
     images = jnp.asarray(pictures(4, 8, 8, 3))
-    found = augment.random_crop_flip(jax.random.key(0), images, 0, False)
+    found = moved(images, 0, False)
     np.testing.assert_array_equal(found, images)
 
 
 def test_jit_vmap_and_pmap_agree():
     images = jnp.asarray(pictures(2, 8, 8, 8, 3))
-    keys = jax.random.split(jax.random.key(4), 2)
+    draws = jnp.stack([draws_of(key, images[0], augment.CROP_DRAWS) for key in (4, 5)])
 
-    def function(key, batch):
-        return augment.random_crop_flip(key, batch, 2, True)
+    def function(draws, batch):
+        return augment.random_crop_flip(draws, batch, 2, True)
 
-    expected = np.stack([np.asarray(function(k, i)) for k, i in zip(keys, images, strict=True)])
-    np.testing.assert_array_equal(jax.jit(jax.vmap(function))(keys, images), expected)
-    np.testing.assert_array_equal(jax.pmap(function)(keys, images), expected)
+    expected = np.stack([np.asarray(function(d, i)) for d, i in zip(draws, images, strict=True)])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(function))(draws, images), expected)
+    np.testing.assert_array_equal(jax.pmap(function)(draws, images), expected)
+
+
+@pytest.mark.parametrize("values", [1, 2, 3, 9, 224, 1024])
+def test_the_extreme_draws_stay_within_the_values(values):
+    draws = np.float32([0, 1 - 2.0**-23, 0.5])
+    found = np.asarray(augment._whole(jnp.asarray(draws), values))
+    assert list(found) == [0, values - 1, values // 2]
 
 
 def test_normalise_against_numpy():
@@ -171,7 +183,7 @@ def test_hue_against_colorsys():
 def jitter(images, *strengths, key=0):
     return np.asarray(
         jax.jit(augment.color_jitter, static_argnums=(2, 3, 4, 5))(
-            jax.random.key(key), jnp.asarray(images), *strengths
+            draws_of(key, images, augment.COLOR_DRAWS), jnp.asarray(images), *strengths
         )
     )
 
@@ -198,13 +210,9 @@ def test_jitter_factors_are_uniform_and_per_image():
 
 def test_jitter_is_its_four_changes_one_after_the_other():
     images = pictures(6, 5, 5, 3)
-    key = jax.random.key(5)
-    draws = [
-        jax.random.uniform(part, (6,), jnp.float32, low, high)
-        for part, low, high in zip(
-            jax.random.split(key, 4), (0.6, 0.7, 0.5, -0.2), (1.4, 1.3, 1.5, 0.2), strict=True
-        )
-    ]
+    uniform = draws_of(5, images, augment.COLOR_DRAWS)
+    low, high = np.float32([0.6, 0.7, 0.5, -0.2]), np.float32([1.4, 1.3, 1.5, 0.2])
+    draws = list((low[None] + (high - low)[None] * uniform).T)
     assert len({float(draw[0]) for draw in draws}) == 4
     expected = jnp.asarray(images, jnp.float32)
     for change, draw in zip(
@@ -248,7 +256,9 @@ def test_jitter_of_grayscale():
 
 def cut(images, size, key=0):
     return np.asarray(
-        jax.jit(augment.cutout, static_argnums=2)(jax.random.key(key), jnp.asarray(images), size)
+        jax.jit(augment.cutout, static_argnums=2)(
+            draws_of(key, images, augment.CUT_DRAWS), jnp.asarray(images), size
+        )
     )
 
 

@@ -94,21 +94,28 @@ def test_nothing_to_score(n, batch):
 
 
 def test_step_keys_are_all_different():
-    places = [(e, s, d) for e in range(4) for s in range(4) for d in range(4)]
+    places = [(e, s) for e in range(8) for s in range(8)]
     keys = [jax.random.key_data(order.step_key(KEY, *place)).tobytes() for place in places]
     permutation_keys = [
         jax.random.key_data(jax.random.fold_in(jax.random.fold_in(KEY, 0), epoch)).tobytes()
         for epoch in range(4)
     ]
     assert len({*keys, *permutation_keys}) == len(keys) + len(permutation_keys)
-    traced = jax.jit(order.step_key)(KEY, np.int32(1), np.int32(2), np.int32(3))
-    assert jax.random.key_data(traced).tobytes() == keys[places.index((1, 2, 3))]
+    traced = jax.jit(order.step_key)(KEY, np.int32(1), np.int32(2))
+    assert jax.random.key_data(traced).tobytes() == keys[places.index((1, 2))]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 8])
+def test_shards_have_the_positions_of_the_batch(shards):
+    size = 16 // shards
+    found = [jax.jit(order.shard_positions, static_argnums=1)(s, size) for s in range(shards)]
+    np.testing.assert_array_equal(np.concatenate(found), np.arange(16, dtype=np.int32))
 
 
 def test_weights_order_and_steps_draw_from_different_keys():
     key = jax.random.key(5)
     keys = [order.weights_key(key, model) for model in range(3)]
-    keys += [order.step_key(key, epoch, 0, 0) for epoch in range(3)]
+    keys += [order.step_key(key, epoch, 0) for epoch in range(3)]
     used = {tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}
     assert len(used) == len(keys)
     # Folding a model or an epoch into the run's own key would be the tag of another use.

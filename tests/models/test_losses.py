@@ -95,7 +95,7 @@ def test_means_of_absent_classes_stay():
     features = jnp.asarray(np.arange(8, dtype=np.float32).reshape(4, 1, 1, 2))
     labels = jnp.asarray([1, 1, 0, 1], jnp.int32)
     means = jnp.ones((3, 1, 1, 2))
-    found = np.asarray(losses.update_means(means, features, labels))[:, 0, 0]
+    found = np.asarray(losses.update_means(means, *losses.class_sums(features, labels, 3)))[:, 0, 0]
     np.testing.assert_allclose(found[0], 0.9 + 0.1 * np.asarray([4, 5]), rtol=1e-6)
     np.testing.assert_allclose(found[1], 0.9 + 0.1 * np.asarray([8 / 3, 11 / 3]), rtol=1e-6)
     np.testing.assert_array_equal(found[2], [1, 1])
@@ -107,22 +107,19 @@ def test_a_class_begins_with_the_mean_of_its_first_batch():
     means = jnp.zeros((3, 1, 1, 2)).at[0].set(1)
     # Before, only the class that has a mean counts: 3^2 + 4^2 of eight elements.
     assert float(losses.center(features, labels, means)) == pytest.approx(0.5 * (9 + 16) / 8)
-    found = np.asarray(losses.update_means(means, features, labels))[:, 0, 0]
+    found = np.asarray(losses.update_means(means, *losses.class_sums(features, labels, 3)))[:, 0, 0]
     np.testing.assert_allclose(found[1], [8 / 3, 11 / 3], rtol=1e-6)
     np.testing.assert_array_equal(found[2], [0, 0])
 
 
-def test_means_of_devices_are_those_of_their_whole_batch():
+def test_sums_of_parts_add_up_to_those_of_the_batch():
     generator = np.random.default_rng(0)
     features = jnp.asarray(generator.normal(size=(2, 3, 1, 1, 2)), jnp.float32)
     labels = jnp.asarray([[0, 1, 1], [1, 2, 0]], jnp.int32)
-    means = jnp.zeros((4, 1, 1, 2))
-    shared = jax.vmap(
-        lambda f, y: losses.update_means(means, f, y, "devices"), axis_name="devices"
-    )(features, labels)
-    whole = losses.update_means(means, features.reshape(6, 1, 1, 2), labels.reshape(6))
-    for device in shared:
-        np.testing.assert_allclose(device, whole, rtol=1e-5, atol=1e-7)
+    parts = [losses.class_sums(*part, 4) for part in zip(features, labels, strict=True)]
+    whole = losses.class_sums(features.reshape(6, 1, 1, 2), labels.reshape(6), 4)
+    for first, second, both in zip(*parts, whole, strict=True):
+        np.testing.assert_allclose(first + second, both, rtol=1e-5, atol=1e-7)
 
 
 def test_label_smoothing():

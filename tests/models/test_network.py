@@ -13,7 +13,13 @@ from published import settings_of
 
 from cpnas_jax.models import network
 from cpnas_jax.models.blocks import Levers, OperationSettings
-from cpnas_jax.models.network import Network, NetworkSettings, cell_places, stretches
+from cpnas_jax.models.network import (
+    DropPath,
+    Network,
+    NetworkSettings,
+    cell_places,
+    stretches,
+)
 
 # Cheap to compile: pools, identities and one convolution.
 PLAIN = (
@@ -57,7 +63,7 @@ def trained(settings, drop_path):
             variables,
             images,
             train=True,
-            drop_path=rate if drop_path else None,
+            drop_path=DropPath(rate, jnp.arange(len(images))) if drop_path else None,
             rngs={"drop_path": key},
             mutable=["batch_stats"],
         )
@@ -144,7 +150,7 @@ def test_drop_path_leaves_out_images_and_never_an_identity():
     plain, _ = trained(settings, False)(variables_of(settings), images, 0.0, key)
     np.testing.assert_allclose(kept.logits, plain.logits, rtol=1e-4, atol=1e-4)
     x, rate = jnp.ones((4000, 2, 2, 3)), jnp.float32(0.3)
-    dropped = np.asarray(network._drop_path(x, rate, key))
+    dropped = np.asarray(network._dropped(x, rate, jax.random.uniform(key, (4000,))))
     values = np.unique(dropped)
     np.testing.assert_allclose(values, [0, 1 / 0.7], rtol=1e-6)
     # A whole image or nothing of it; the mean is kept.
@@ -161,11 +167,25 @@ def cell_of(kind, edges):
     x = images_of(32)
     params = cell.init({"params": jax.random.key(0)}, (x, x), None)
 
-    def run(rate):
-        (_, out), _ = cell.apply(params, (x, x), rate, rngs={"drop_path": jax.random.key(1)})
+    def run(rate, positions=range(32)):
+        drop_path = None if rate is None else DropPath(rate, jnp.asarray(positions))
+        (_, out), _ = cell.apply(params, (x, x), drop_path, rngs={"drop_path": jax.random.key(1)})
         return np.asarray(out)
 
     return run
+
+
+def test_what_is_dropped_goes_with_the_position():
+    """The images are normalised together in any order."""
+    run = cell_of("normal", tuple((0, target, "max_pool_3x3") for target in range(2, 6)))
+
+    def dropped(positions):
+        return np.all(run(jnp.float32(0.5), positions) == 0, axis=(1, 2))
+
+    first, last = dropped(range(32)), dropped(range(31, -1, -1))
+    assert 0 < first.sum() < first.size
+    np.testing.assert_array_equal(last, first[::-1])
+    assert (dropped(range(32, 64)) != first).any()
 
 
 def test_identities_are_not_dropped():

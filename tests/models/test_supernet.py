@@ -10,10 +10,20 @@ import numpy as np
 import pytest
 from draws import QUICK, random_architecture
 from jax import export
-from unrolled import CLASSES, THREE_CELLS, images_of, loss, params_of, reference, shapes_of
+from unrolled import (
+    CLASSES,
+    DIRECTION,
+    THREE_CELLS,
+    images_of,
+    loss,
+    params_of,
+    reference,
+    shapes_of,
+)
 
 from cpnas_jax.models import binarize, supernet
 from cpnas_jax.models.binarize import Binarizer
+from cpnas_jax.models.layers import StatisticsAxis
 from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.models.space import EDGES, NUM_EDGES, OPERATIONS
 from cpnas_jax.models.supernet import SupernetSettings
@@ -116,6 +126,42 @@ def test_logits_and_all_gradients_are_those_of_the_unrolled_network(
     unrolled = compiled_reference(network, *POINTS[point])
     close(results[point], unrolled(params_of(network), images_of()))
     assert temporary_bytes(program) < temporary_bytes(unrolled)
+
+
+def test_two_devices_that_share_statistics_are_one_with_the_whole_batch(results, network):
+    """Values and gradients, through sums over the devices inside of branches and their scans.
+
+    Rounding differs, since a mean over the batch is that of two means.
+    """
+    operations = dataclasses.replace(network.operations, statistics=StatisticsAxis("devices"))
+    settings = dataclasses.replace(network, operations=operations)
+
+    def on_a_device(params, images, direction, architecture, flag):
+        def objective(params, images):
+            logits = supernet.apply(params, images, architecture, settings=settings, binary=flag)
+            return jnp.sum(jnp.sin(logits) * direction), logits
+
+        (value, logits), (gradient, of_images) = jax.value_and_grad(
+            objective, argnums=(0, 1), has_aux=True
+        )(params, images)
+        # The loss is a sum over the batch.
+        value, gradient = jax.lax.psum((value, gradient), "devices")
+        return (value, logits), (gradient, of_images)
+
+    program = jax.pmap(on_a_device, axis_name="devices", in_axes=(None, 0, 0, None, None))
+    arguments = (images_of().reshape(2, 2, 16, 16, 3), DIRECTION.reshape(2, 2, CLASSES))
+    program = program.lower(params_of(network), *arguments, *POINTS[0]).compile(QUICK)
+    for point, expected in list(zip(POINTS, results, strict=True))[:4]:
+        found = jax.device_get(program(params_of(network), *arguments, *point))
+        (value, logits), (gradient, of_images) = found
+        assert value[0] == value[1]
+        close(
+            (
+                (value[0], logits.reshape(4, CLASSES)),
+                (jax.tree.map(lambda leaf: leaf[0], gradient), of_images.reshape(4, 16, 16, 3)),
+            ),
+            expected,
+        )
 
 
 @pytest.mark.slow

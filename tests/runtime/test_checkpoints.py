@@ -1,11 +1,14 @@
 """Checkpoints: what comes back, what damage is noticed, and what is used instead."""
 
+import errno
 import logging
+import shutil
 import typing
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from cpnas_jax.runtime.checkpoints import Checkpoints, digest
 from cpnas_jax.runtime.errors import UserError
@@ -127,6 +130,30 @@ def test_a_damaged_newest_is_passed_over_and_named(saved, damage, caplog):
     assert str(saved / "2") in messages[0]
 
 
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, empty])
+@pytest.mark.parametrize("part", ["state", "record"])
+def test_a_damaged_newest_is_an_error_where_no_other_will_do(saved, damage, part):
+    files = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    own = [path for path in files if path.is_relative_to(saved / "2" / part)]
+    damaged = max(own, key=lambda path: len(files[path]))
+    damage(damaged)
+    files[damaged] = damaged.read_bytes()
+    with Checkpoints(saved, keep=2) as checkpoints, pytest.raises(UserError) as caught:
+        checkpoints.restore_only_newest(tree(0), None, "do this")
+    text = str(caught.value)
+    assert text.startswith(f"the checkpoint {saved / '2'} is damaged (")
+    assert text.endswith("); do this")
+    assert "\n" not in text
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == files
+
+
+def test_only_the_newest_is_read(saved):
+    with Checkpoints(saved, keep=2) as checkpoints:
+        assert_same(checkpoints.restore_only_newest(tree(0), None, "").state, tree(2))
+    with Checkpoints(saved / "new", keep=2) as checkpoints:
+        assert checkpoints.restore_only_newest(tree(0), None, "") is None
+
+
 def test_a_damaged_number_is_saved_again(saved):
     truncate(data_files(saved / "2")[0])
     checkpoints = Checkpoints(saved, keep=2)
@@ -174,6 +201,38 @@ def test_a_valid_record_of_other_content_is_noticed(saved):
     assert "2.1" in text
     path.write_text(text.replace("2.1", "2.2"))
     assert restore(saved).step == 1
+
+
+def test_a_directory_that_cannot_be_changed_does_not_make_whole_ones_damaged(saved, monkeypatch):
+    truncate(data_files(saved / "2")[0])
+
+    def refuse(self, _):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(epath.Path(saved).__class__, "rename", refuse)
+    with pytest.raises(OSError, match=r"Read-only file system.*/2'"):
+        restore(saved)
+    monkeypatch.undo()
+    assert restore(saved).step == 1
+
+
+def rename_up(directory):
+    (directory / "2").rename(directory / "7")
+
+
+def copy_up(directory):
+    shutil.copytree(directory / "2", directory / "7")
+
+
+@pytest.mark.parametrize(("move", "step"), [(rename_up, 1), (copy_up, 2)])
+def test_a_whole_checkpoint_under_another_number_is_passed_over(saved, move, step, caplog):
+    """Its record would say another position than its number, and nothing could be saved next."""
+    move(saved)
+    with caplog.at_level(logging.WARNING):
+        found = restore(saved)
+    assert found.step == found.record["position"] == step
+    assert_same(found.state, tree(step))
+    assert f"{saved / '7'} is damaged and passed over: it was not saved under" in caplog.text
 
 
 def test_a_file_in_place_of_the_directory(tmp_path):

@@ -108,7 +108,7 @@ def main() -> None:
         found.append(compile_case(case, device))
         progress(str(found[-1]))
     for row in found:
-        print(f"{row['case']:<36} {row['cycles']:>12,} cycles, {row['depthwise_cycles']:>12,} of them")
+        print(f"{row['case']:<36} {row['cycles']:>12,} cycles, {row['depthwise_cycles']:,} of them")
     print(json.dumps({"benchmark": "tpu_cycles", "device": device.device_kind, "cases": found}))
 
 

@@ -7,11 +7,13 @@ import re
 import jax
 from jax import export
 
+from cpnas_jax.models import layers
+
 # What every platform knows: how an array is divided among devices.
 KNOWN_CALLS = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 
 ALL_REDUCE = re.compile(
-    r'"stablehlo\.all_reduce"\([^)]*\) <\{(?P<attributes>.*?)\}> \(\{.*?\}\) : '
+    r'"stablehlo\.all_reduce"\([^)]*\) <\{(?P<attributes>.*?)\}> \(\{.*?\}\)(?: \{.*?\})? : '
     r"\((?P<operands>[^)]*)\)",
     re.DOTALL,
 )
@@ -28,6 +30,16 @@ def use_devices(patch, count):
         patch.setattr(jax, name, lambda: count)
     for name in ("devices", "local_devices"):
         patch.setattr(jax, name, lambda: devices)
+
+
+def formulation_on_tpus(patch):
+    """Return what the package's choice by the backend comes to where that is a TPU.
+
+    To be named to what is traced: traces are kept, and later ones of `auto` mean a CPU's form.
+    """
+    with patch.context() as here:
+        here.setattr(jax, "default_backend", lambda: "tpu")
+        return layers.resolve_formulation("auto")
 
 
 def shapes_of(tree):
@@ -59,6 +71,7 @@ def check_program(program):
     """For TPUs, all devices in one group of each sum, and no call that a TPU does not know."""
     count, text = jax.device_count(), program.mlir_module()
     assert (program.platforms, program.nr_devices) == (("tpu",), count)
+    assert f"mhlo.num_partitions = {count} : i32, mhlo.num_replicas = 1 : i32" in text
     sums = list(ALL_REDUCE.finditer(text))
     assert len(sums) == text.count("stablehlo.all_reduce") > 0
     for match in sums:
@@ -92,7 +105,7 @@ def check_depthwise(program, channels, backward):
 
 def check_donated(function, *arguments):
     """All of the first argument's memory becomes that of the first result; nothing else does."""
-    # Only the program of the default platform tells: around an exported one is another function.
+    # Only a program of the default platform tells: around an exported one is another function.
     text = function.lower(*shapes_of(arguments)).as_text()
     main = text[text.index("@main(") : text.index("-> (", text.index("@main("))]
     aliases = re.findall(r"%arg(\d+): [^%]*tf\.aliasing_output = (\d+)", main)

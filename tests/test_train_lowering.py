@@ -1,5 +1,4 @@
-"""The programs of a training, lowered for the target they are meant for: one and eight TPU devices.
-"""
+"""The programs of a training, lowered for the target they are meant for, one and eight devices."""
 
 import jax
 import lowerings
@@ -7,20 +6,16 @@ import photos
 import pytest
 from one_cell import GENOTYPE, config_in, replace_data
 
+from configs import imagenet
 from cpnas_jax import feeds
-from cpnas_jax import main as command
 from cpnas_jax.architecture.named import named_genotype
 from cpnas_jax.trainer import Trainer, network_settings
 
-
-@pytest.fixture(params=[1, 8], ids=["1 device", "8 devices"], autouse=True)
-def devices(request, monkeypatch):
-    lowerings.use_devices(monkeypatch, request.param)
+CHANNELS = {4, 8, 16}
 
 
-def check_training(config, genotype, binary, channels):
-    # What `auto` means on a TPU; traced here it would be a CPU's form.
-    config.runtime.formulation = "native"
+def check_training(patch, config, genotype, binary, channels):
+    config.runtime.formulation = lowerings.formulation_on_tpus(patch)
     feed = feeds.open_feed(config)
     settings = network_settings(config, genotype, feed.facts.num_classes, binary=binary)
     trainer = Trainer(config, settings, feed)
@@ -31,7 +26,8 @@ def check_training(config, genotype, binary, channels):
 
     def for_tpu(name, make, *arguments):
         programs[name[0]] = lowerings.lowered_for_tpu(make(), *arguments)
-        if name[0] == "train":
+        if name[0] == "train" and jax.device_count() > 1:
+            # The state becomes the next state; another lowering, so not on each number of devices.
             lowerings.check_donated(make(), *arguments)
 
     trainer._compiled = for_tpu
@@ -50,26 +46,50 @@ def check_training(config, genotype, binary, channels):
 @pytest.fixture
 def config(tmp_path):
     config = config_in(tmp_path)
-    config.train.parent_kernel = True
-    # Some of six cells are scanned.
-    config.network.update(cells=6, auxiliary=True)
+    # One cell of each kind and place.
+    config.network.update(cells=3, auxiliary=True)
     return config
 
 
-@pytest.mark.parametrize("binary", [True, False])
-def test_a_training_on_resident_data_lowers_for_tpu(config, monkeypatch, binary):
-    replace_data(monkeypatch)
-    config.network.recompute = binary
-    check_training(config, GENOTYPE, binary, {4, 8, 16})
-
-
-def use_photos(config, tmp_path, size):
-    photos.prepare(tmp_path)
-    config.dataset.update(name="photos", data_dir=str(tmp_path), stream=True, image_size=size)
+def use_photos(config, directory, size):
+    photos.prepare(directory)
+    config.dataset.update(name="photos", data_dir=str(directory), stream=True, image_size=size)
     config.evaluate.split = "validation"
 
 
-def test_a_training_on_a_stream_lowers_for_tpu(config, tmp_path):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_training_lowers_for_tpu(config, monkeypatch, devices):
+    lowerings.use_devices(monkeypatch, devices)
+    replace_data(monkeypatch)
+    check_training(monkeypatch, config, GENOTYPE, True, CHANNELS)
+
+
+def test_a_training_on_a_stream_lowers_for_tpu(config, monkeypatch, tmp_path):
+    lowerings.use_devices(monkeypatch, 8)
     use_photos(config, tmp_path, 32)
     config.dataset.color_jitter = 0.4
-    check_training(config, GENOTYPE, True, {4, 8, 16})
+    check_training(monkeypatch, config, GENOTYPE, False, CHANNELS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_training_with_all_that_costs_lowers_for_tpu(config, monkeypatch, devices, binary):
+    lowerings.use_devices(monkeypatch, devices)
+    replace_data(monkeypatch)
+    config.train.parent_kernel = True
+    # Some of six cells are scanned.
+    config.network.update(cells=6, recompute=True)
+    check_training(monkeypatch, config, GENOTYPE, binary, CHANNELS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_training_of_the_config_lowers_for_tpu(monkeypatch, tmp_path, devices):
+    lowerings.use_devices(monkeypatch, devices)
+    config = imagenet.get_config()
+    use_photos(config, tmp_path, config.dataset.image_size)
+    # As many steps as there are images for.
+    config.train.batch_size = config.evaluate.batch_size = 16
+    genotype = named_genotype("DDPNAS_XNOR_1")
+    check_training(monkeypatch, config, genotype, True, {100, 200, 400})

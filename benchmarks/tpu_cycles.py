@@ -9,19 +9,23 @@ the channels asked for.
     pip install --target=DIR --no-deps 'libtpu==0.0.42.*'
     python benchmarks/tpu_cycles.py --libtpu=DIR/libtpu/libtpu.so sep_conv_3x3:native:256x32x16 ...
 
+A case takes seconds to minutes. With `--file` cases are added to a file's and known ones left out.
 A line for each, then one JSON object as the last line. `depthwise_cycles` are of the fusions around
 a depthwise convolution's forward pass and its gradient to the images; `bytes` are what XLA's cost
 analysis of the compiled program counts, in the tiles of 8x128 in which a TPU stores arrays.
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import pathlib
 import re
 import time
 
 import jax
 import jax.numpy as jnp
+from costs import Cost, program_cost
 from harness import progress
 from jax.experimental import topologies
 
@@ -31,40 +35,77 @@ CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 CALLS = re.compile(r"calls=%([\w.\-]+)")
 
 
+CLOCK = 1.5e9
+"""Hertz of a v5e: its 197 TFLOP/s are those of four units of 128 x 128 at this clock."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operation of a cell at stride 1, and its images."""
+
+    operation: str
+    formulation: str
+    images: int
+    side: int
+    channels: int
+
+    @staticmethod
+    def parse(text: str) -> "Case":
+        """Return the case of operation:formulation:IMAGESxSIDExCHANNELS."""
+        operation, formulation, sizes = text.split(":")
+        return Case(operation, formulation, *map(int, sizes.split("x")))
+
+    def image(self) -> jax.ShapeDtypeStruct:
+        """Return the shape of what the operation is given, and returns."""
+        return jax.ShapeDtypeStruct((self.images, self.side, self.side, self.channels), jnp.float32)
+
+    def params(self):
+        """Return the shapes of the operation's parameters."""
+        dummy = jnp.zeros((1, 4, 4, self.channels))
+        variables = jax.eval_shape(lambda: self._module().init(jax.random.key(0), dummy, False))
+        return dict(variables.get("params", {}))
+
+    def both(self, params, x, cotangent):
+        """Run the operation of the 1-bit child, forward and backward."""
+        module = self._module()
+        y, pull = jax.vjp(lambda params, x: apply_module(module, params, x, True), params, x)
+        return y, pull(cotangent)
+
+    def _module(self):
+        settings = OperationSettings(formulation=self.formulation)
+        return make_operation(self.operation, self.channels, 1, settings)
+
+
+def operation_cost(case: Case) -> Cost:
+    """Return what the case's program costs, as `costs.py` counts."""
+    return program_cost(case.both, case.params(), case.image(), case.image())
+
+
 def parse_flags() -> argparse.Namespace:
     """Return the command line's flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--libtpu", required=True, help="path of libtpu.so")
     parser.add_argument("--topology", default="v5e:2x2", help="of which one chip is compiled for")
+    parser.add_argument("--file", type=pathlib.Path, help="of cases; those compiled are added")
     parser.add_argument("cases", nargs="+", help="operation:formulation:IMAGESxSIDExCHANNELS")
     return parser.parse_args()
 
 
-def compile_case(case: str, device) -> dict:
+def compile_case(name: str, device) -> dict:
     """Compile one operation's forward and backward pass; return what the compiler says of it."""
-    name, formulation, sizes = case.split(":")
-    images, side, channels = map(int, sizes.split("x"))
-    module = make_operation(name, channels, 1, OperationSettings(formulation=formulation))
+    case = Case.parse(name)
     place = jax.sharding.SingleDeviceSharding(device)
 
     def placed(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    def both(params, x, cotangent):
-        y, pull = jax.vjp(lambda params, x: apply_module(module, params, x, True), params, x)
-        return y, pull(cotangent)
-
-    image = placed(jax.ShapeDtypeStruct((images, side, side, channels), jnp.float32))
-    variables = jax.eval_shape(
-        lambda: module.init(jax.random.key(0), jnp.zeros((1, 4, 4, channels)), False)
-    )
-    params = jax.tree.map(placed, dict(variables.get("params", {})))
+    image, params = placed(case.image()), jax.tree.map(placed, case.params())
     start = time.perf_counter()
-    compiled = jax.jit(both).lower(params, image, image).compile()
+    compiled = jax.jit(case.both).lower(params, image, image).compile()
     total, depthwise = count_cycles(compiled.as_text())
     cost = compiled.cost_analysis()
     return {
-        "case": case,
+        "case": name,
         "cycles": total,
         "depthwise_cycles": depthwise,
         "flops": cost["flops"],
@@ -103,13 +144,24 @@ def main() -> None:
     )
     jax.config.update("jax_platforms", "cpu")
     device = topologies.get_topology_desc(flags.topology, platform="tpu").devices[0]
-    found = []
+    known = json.loads(flags.file.read_text())["cases"] if _exists(flags.file) else []
+    found = {row["case"]: row for row in known}
     for case in flags.cases:
-        found.append(compile_case(case, device))
-        progress(str(found[-1]))
-    for row in found:
+        if case not in found:
+            found[case] = compile_case(case, device)
+            progress(str(found[case]))
+    for row in found.values():
         print(f"{row['case']:<36} {row['cycles']:>12,} cycles, {row['depthwise_cycles']:,} of them")
-    print(json.dumps({"benchmark": "tpu_cycles", "device": device.device_kind, "cases": found}))
+    text = json.dumps(
+        {"benchmark": "tpu_cycles", "device": device.device_kind, "cases": list(found.values())}
+    )
+    if flags.file:
+        flags.file.write_text(text.replace("}, {", "},\n{") + "\n")
+    print(text)
+
+
+def _exists(path: pathlib.Path | None) -> bool:
+    return path is not None and path.exists()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The programs of a search, lowered for the target they are meant for, one and eight TPU devices."""
+"""The programs of a search, lowered for the target they are meant for: one and eight TPUs."""
 
 import time
 

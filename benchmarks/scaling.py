@@ -24,9 +24,10 @@ import math
 from typing import Any
 
 import numpy as np
+from chips import CHIPS, SLICES, V5E_CLOCK, Chip, collective_seconds, roofline_seconds
 from costs import Cost
 from harness import progress
-from tpu_cycles import CLOCK, Case, operation_cost
+from tpu_cycles import Case, operation_cost
 from workloads import (
     CIFAR_IMAGES,
     IMAGENET_IMAGES,
@@ -39,46 +40,16 @@ from workloads import (
 
 from cpnas_jax.models.space import NUM_OPERATIONS
 
-INTERCONNECT = 100e9
-"""Bytes a second that a chip sends in an all-reduce: two links of 50 GB/s each way."""
-
 LATENCIES = (5e-6, 30e-6)
 """Seconds of a small all-reduce, which waits for what is before it."""
 
 SHARES = (0.1, 0.4)
 """Of the roofline; a network of small convolutions reaches no more."""
 
+COLUMNS = ("fast", "slow", "compiler")
+"""The larger share and the least latency, the smaller and the largest, the compiler's share."""
+
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Public figures of a chip.
-
-    Attributes:
-        matrix: bf16 operations a second of the matrix units; float32 operands are rounded to bf16
-            by JAX's default precision, which the package leaves as it is. Signs lose nothing.
-        vector: float32 operations a second of the vector units: 8 x 128 lanes of 4 units at the
-            clock that the peak of the matrix units implies, for each core.
-        bandwidth: bytes a second of the memory.
-        host_chips: of a host.
-        host_cores: virtual CPUs of a host.
-    """
-
-    matrix: float
-    vector: float
-    bandwidth: float
-    host_chips: int
-    host_cores: int
-
-
-CHIPS = {
-    "v4": Chip(275e12, 2 * 8 * 128 * 4 * 1.05e9, 1228e9, 4, 240),
-    "v5e": Chip(197e12, 8 * 128 * 4 * CLOCK, 819e9, 4, 112),
-}
-
-SLICES = {"v4-8": ("v4", 4), "v4-32": ("v4", 16), "v5e-64": ("v5e", 64)}
-"""Name -> chip and number of chips; the names of v4 count cores, two a chip."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,29 +68,6 @@ class Line:
         few, many = (w.score if score else w.step for w in (self.few, self.many))
         mixed = few * (1 - weight) + many * weight
         return dataclasses.replace(mixed, collectives=few.collectives)
-
-
-def roofline_seconds(cost: Cost, state_bytes: float, chip: Chip) -> dict[str, float]:
-    """Return the least seconds by each of the three limits.
-
-    Args:
-        cost: of a chip.
-        state_bytes: read and written once beside what `cost` counts.
-        chip: its peaks.
-    """
-    return {
-        "matrix": cost.matrix / chip.matrix,
-        "vector": (cost.depthwise + cost.other) / chip.vector,
-        "memory": (cost.least_bytes + 2 * state_bytes) / chip.bandwidth,
-    }
-
-
-def collective_seconds(reduced_bytes: float, rounds: float, devices: int, latency: float) -> float:
-    """Return the seconds of a step's all-reduces by rings; none on one device."""
-    if devices == 1:
-        return 0.0
-    sent = reduced_bytes * 2 * (devices - 1) / devices
-    return sent / INTERCONNECT + rounds * latency
 
 
 def share_at(images: float, shares: dict[int, float]) -> float:
@@ -141,7 +89,7 @@ def cycle_shares(cycles: dict[str, int], sizes: tuple[tuple[int, int], ...]) -> 
         case = Case.parse(name)
         if case.formulation == "native" and (case.side, case.channels) in sizes:
             limits = roofline_seconds(operation_cost(case), 0, CHIPS["v5e"])
-            own = max(limits.values()), count / CLOCK
+            own = max(limits.values()), count / V5E_CLOCK
             seconds[case.images][case.operation, case.side] = own
     if not seconds:
         raise SystemExit(f"--cycles has no native case of (side, channels) in {sizes}")
@@ -156,7 +104,13 @@ def cycle_shares(cycles: dict[str, int], sizes: tuple[tuple[int, int], ...]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step: fast, slow, and by the compiler's cycles; and of what it consists."""
+    """What a step takes on some devices.
+
+    Attributes:
+        roofline: limit -> least seconds.
+        reducing: seconds of collectives with the least and the largest latency.
+        share: of the roofline, by the compiler's cycles.
+    """
 
     roofline: dict[str, float]
     reducing: tuple[float, float]
@@ -167,14 +121,20 @@ class Prediction:
         """Return the limit that decides."""
         return max(self.roofline, key=self.roofline.__getitem__)
 
-    def seconds(self) -> tuple[float, float, float]:
-        """Return fast, slow and estimated; the estimate has the geometric mean of latencies."""
+    def middle_reducing(self) -> float:
+        """Return the geometric mean of the seconds of collectives."""
+        return math.sqrt(self.reducing[0] * self.reducing[1])
+
+    def seconds(self) -> np.ndarray:
+        """Return the seconds of a step by the `COLUMNS`."""
         least = max(self.roofline.values())
         fast, slow = self.reducing
-        return (
-            least / SHARES[1] + fast,
-            least / SHARES[0] + slow,
-            least / self.share + math.sqrt(fast * slow),
+        return np.array(
+            [
+                least / SHARES[1] + fast,
+                least / SHARES[0] + slow,
+                least / self.share + self.middle_reducing(),
+            ]
         )
 
 
@@ -215,10 +175,9 @@ def sampled_epochs(rounds: int) -> int:
     return rounds * sum(range(2, NUM_OPERATIONS + 1))
 
 
-def text_of(seconds: tuple[float, ...], scale: float, digits: int) -> str:
-    """Return `estimate [fast, slow]` in another unit."""
-    fast, slow, estimate = (f"{value * scale:,.{digits}f}" for value in seconds)
-    return f"{estimate} [{fast}, {slow}]"
+def columns(values: np.ndarray, digits: int) -> str:
+    """Return a figure for each of `COLUMNS`."""
+    return "".join(f"{value:>10,.{digits}f}" for value in values)
 
 
 def parse_flags() -> argparse.Namespace:
@@ -241,12 +200,13 @@ def report_counts(name: str, line: Line, batch: int) -> dict:
         "most_gigabytes": cost.most_bytes / 1e9,
         "state_megabytes": line.few.state_bytes / 1e6,
         "reduced_megabytes": cost.collective_bytes() / 1e6,
+        "largest_collective_megabytes": max(size for _, size in cost.collectives) / 1e6,
         "collectives": cost.num_collectives(),
         "rounds": line.rounds,
     }
     print(f"\n{name}, a step of {batch} images")
     for key, value in facts.items():
-        print(f"  {key:<22}{value:>12,.1f}")
+        print(f"  {key:<30}{value:>12,.1f}")
     return facts
 
 
@@ -300,25 +260,24 @@ def report_slices(
 ) -> dict:
     """Print and return the predicted step and hours on each slice."""
     rows = {}
-    print(f"\n{name}: {steps:,} steps; estimate [fast, slow]")
-    print(f"{'slice':<8}{'chips':>6}{'images':>7}  {'bound':<8}{'ms a step':>26}{'hours':>26}")
+    heading = "".join(f"{column:>10}" for column in COLUMNS)
+    print(f"\n{name}: {steps:,} steps")
+    print(f"{'slice':<8}{'chips':>6}{'images':>7}  {'bound':<8}   ms: {heading}  hours: {heading}")
     for slice_, (chip, devices) in SLICES.items():
         found = predict(line, batch, devices, CHIPS[chip], shares)
-        whole = [steps * seconds for seconds in found.seconds()]
+        whole = steps * found.seconds()
         if name == "search":
             scored = predict(line, batch, devices, CHIPS[chip], shares, score=True)
-            extra = scored.seconds()
-            whole = [w + 2 * epochs * e for w, e in zip(whole, extra, strict=True)]
+            whole += 2 * epochs * scored.seconds()
+        hours = whole / 3600
         print(
-            f"{slice_:<8}{devices:>6}{batch // devices:>7}  {found.bound:<8}"
-            f"{text_of(found.seconds(), 1e3, 1):>26}{text_of(tuple(whole), 1 / 3600, 1):>26}"
+            f"{slice_:<8}{devices:>6}{batch // devices:>7}  {found.bound:<8}   ms: "
+            f"{columns(1e3 * found.seconds(), 1)}  hours: {columns(hours, 2)}"
         )
         rows[slice_] = {
-            "roofline": found.roofline,
-            "reducing": found.reducing,
-            "share": found.share,
-            "step_seconds": found.seconds(),
-            "hours": [seconds / 3600 for seconds in whole],
+            **dataclasses.asdict(found),
+            "step_seconds": dict(zip(COLUMNS, found.seconds(), strict=True)),
+            "hours": dict(zip(COLUMNS, hours, strict=True)),
         }
     return rows
 
@@ -327,7 +286,9 @@ def report_growth(name: str, line: Line, batch: int, shares: dict[int, float]) -
     """Print and return images a second of v5e chips: the batch fixed, and growing with them."""
     rows = []
     part = batch // 4
-    print(f"\n{name} on v5e: estimated images/s, batch of {batch}, and of {part} a chip")
+    print(
+        f"\n{name} on v5e: images/s by the compiler's share, batch of {batch}, and of {part} a chip"
+    )
     print(f"{'chips':>6}{'fixed':>12}{'collectives':>13}{'growing':>12}{'collectives':>13}")
     for devices in DEVICES:
         row = {"devices": devices}
@@ -336,7 +297,7 @@ def report_growth(name: str, line: Line, batch: int, shares: dict[int, float]) -
             estimate = found.seconds()[2]
             row[kind] = {
                 "images_per_second": size / estimate,
-                "collective_share": math.sqrt(found.reducing[0] * found.reducing[1]) / estimate,
+                "collective_share": found.middle_reducing() / estimate,
             }
         fixed, growing = row["fixed"], row["growing"]
         print(
@@ -352,15 +313,20 @@ def report_input(
 ) -> dict[str, dict]:
     """Print and return what a host must decode for its chips."""
     rows = {}
-    print("\nImageNet input: images/s that a host must decode, estimate [slow, fast]")
+    print(f"\nImageNet input: images/s that a host must decode, by {', '.join(COLUMNS)}")
     for slice_, (name, devices) in SLICES.items():
         chip = CHIPS[name]
         hosts = devices // chip.host_chips
-        rates = [batch / s / hosts for s in predict(line, batch, devices, chip, shares).seconds()]
-        rows[slice_] = {"hosts": hosts, "images_per_second": rates, "host_cores": chip.host_cores}
-        print(f"{slice_:<8}{hosts:>4} hosts  {rates[2]:>8,.0f} [{rates[1]:,.0f}, {rates[0]:,.0f}]")
+        rates = batch / hosts / predict(line, batch, devices, chip, shares).seconds()
+        rows[slice_] = {
+            "hosts": hosts,
+            "images_per_second": dict(zip(COLUMNS, rates, strict=True)),
+            "host_cores": chip.host_cores,
+        }
+        print(f"{slice_:<8}{hosts:>4} hosts   images/s: {columns(rates, 0)}")
         if decoded is not None:
-            print(f"{'':<8}{rates[2] / decoded:>10,.1f} of {chip.host_cores} cores")
+            cores = columns(rates / decoded, 1)
+            print(f"{'':<20}cores:    {cores} of {chip.host_cores}")
     return rows
 
 

@@ -9,10 +9,16 @@ the channels asked for.
     pip install --target=DIR --no-deps 'libtpu==0.0.42.*'
     python benchmarks/tpu_cycles.py --libtpu=DIR/libtpu/libtpu.so sep_conv_3x3:native:256x32x16 ...
 
-A case takes seconds to minutes. With `--file` cases are added to a file's and known ones left out.
-A line for each, then one JSON object as the last line. `depthwise_cycles` are of the fusions around
-a depthwise convolution's forward pass and its gradient to the images; `bytes` are what XLA's cost
-analysis of the compiled program counts, in the tiles of 8x128 in which a TPU stores arrays.
+A case takes seconds to minutes. With `--file` cases are added to a file's and known ones left out;
+without a case the file's are printed, and no libtpu is needed:
+
+    python benchmarks/tpu_cycles.py --file=docs/tpu_cycles.json
+
+A line for each, then one JSON object as the last line. `depthwise` cycles are of the fusions around
+a depthwise convolution's forward pass and its gradient to the images; `MB` are what XLA's cost
+analysis of the compiled program counts, in the tiles of 8x128 in which a TPU stores arrays; `least
+MB` those of perfect fusion (`costs.py`), and `share` is that of the roofline of `chips.py` with
+them that the cycles are.
 """
 
 import argparse
@@ -25,6 +31,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+from chips import CHIPS, V5E_CLOCK, roofline_seconds
 from costs import Cost, program_cost
 from harness import progress
 from jax.experimental import topologies
@@ -33,10 +40,6 @@ from cpnas_jax.models.operations import OperationSettings, apply_module, make_op
 
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 CALLS = re.compile(r"calls=%([\w.\-]+)")
-
-
-CLOCK = 1.5e9
-"""Hertz of a v5e: its 197 TFLOP/s are those of four units of 128 x 128 at this clock."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +87,10 @@ def operation_cost(case: Case) -> Cost:
 def parse_flags() -> argparse.Namespace:
     """Return the command line's flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--libtpu", required=True, help="path of libtpu.so")
+    parser.add_argument("--libtpu", help="path of libtpu.so; to compile what the file has not")
     parser.add_argument("--topology", default="v5e:2x2", help="of which one chip is compiled for")
     parser.add_argument("--file", type=pathlib.Path, help="of cases; those compiled are added")
-    parser.add_argument("cases", nargs="+", help="operation:formulation:IMAGESxSIDExCHANNELS")
+    parser.add_argument("cases", nargs="*", help="operation:formulation:IMAGESxSIDExCHANNELS")
     return parser.parse_args()
 
 
@@ -132,36 +135,46 @@ def count_cycles(text: str) -> tuple[int, int]:
     return total, depthwise
 
 
-def main() -> None:
-    """Compile every case."""
-    flags = parse_flags()
+def compiled_cases(names: list[str], libtpu: str, topology: str) -> list[dict]:
+    """Compile every case for one chip of a topology."""
     # What libtpu would otherwise ask the cloud for.
     os.environ.update(
-        TPU_LIBRARY_PATH=flags.libtpu,
+        TPU_LIBRARY_PATH=libtpu,
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v5litepod-4",
         TPU_WORKER_HOSTNAMES="localhost",
     )
+    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    rows = []
+    for name in names:
+        rows.append({**compile_case(name, device), "device": device.device_kind})
+        progress(str(rows[-1]))
+    return rows
+
+
+def main() -> None:
+    """Compile what is not known, print all."""
+    flags = parse_flags()
     jax.config.update("jax_platforms", "cpu")
-    device = topologies.get_topology_desc(flags.topology, platform="tpu").devices[0]
-    known = json.loads(flags.file.read_text())["cases"] if _exists(flags.file) else []
-    found = {row["case"]: row for row in known}
-    for case in flags.cases:
-        if case not in found:
-            found[case] = compile_case(case, device)
-            progress(str(found[case]))
-    for row in found.values():
-        print(f"{row['case']:<36} {row['cycles']:>12,} cycles, {row['depthwise_cycles']:,} of them")
-    text = json.dumps(
-        {"benchmark": "tpu_cycles", "device": device.device_kind, "cases": list(found.values())}
-    )
-    if flags.file:
+    known = flags.file is not None and flags.file.exists()
+    rows = json.loads(flags.file.read_text())["cases"] if known else []
+    missing = [name for name in flags.cases if name not in {row["case"] for row in rows}]
+    if missing:
+        if not flags.libtpu:
+            raise SystemExit(f"--libtpu is not given; it compiles {', '.join(missing)}")
+        rows += compiled_cases(missing, flags.libtpu, flags.topology)
+    print(f"{'case':<34}{'cycles':>12}{'depthwise':>12}{'MB':>8}{'least MB':>10}{'share':>7}")
+    for row in rows:
+        cost = operation_cost(Case.parse(row["case"]))
+        share = max(roofline_seconds(cost, 0, CHIPS["v5e"]).values()) * V5E_CLOCK / row["cycles"]
+        print(
+            f"{row['case']:<34}{row['cycles']:>12,}{row['depthwise_cycles']:>12,}"
+            f"{row['bytes'] / 1e6:>8,.0f}{cost.least_bytes / 1e6:>10,.0f}{share:>7.2f}"
+        )
+    text = json.dumps({"benchmark": "tpu_cycles", "cases": rows})
+    if flags.file and missing:
         flags.file.write_text(text.replace("}, {", "},\n{") + "\n")
     print(text)
-
-
-def _exists(path: pathlib.Path | None) -> bool:
-    return path is not None and path.exists()
 
 
 if __name__ == "__main__":

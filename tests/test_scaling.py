@@ -1,5 +1,6 @@
 """The arithmetic of the predictions for TPUs, and the counting that it rests on."""
 
+import chips
 import costs
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import scaling
 from costs import Cost
 from jax import lax
 from tpu_cycles import Case, count_cycles, operation_cost
+from workloads import Work
 
 AXIS = ("devices", 8)
 IMAGES = jax.ShapeDtypeStruct((4, 8, 8, 16), jnp.float32)
@@ -73,9 +75,9 @@ def test_collectives_are_counted_for_devices_that_are_not_there():
 
 
 def test_a_rings_all_reduce_sends_nearly_twice_its_bytes():
-    seconds = scaling.collective_seconds(100e9, 7, 4, 1e-3)
+    seconds = chips.collective_seconds(100e9, 7, 4, 1e-3)
     assert seconds == pytest.approx(1.5 + 7e-3)
-    assert scaling.collective_seconds(100e9, 7, 1, 1e-3) == 0
+    assert chips.collective_seconds(100e9, 7, 1, 1e-3) == 0
 
 
 def test_shares_between_numbers_of_images_are_interpolated_and_not_beyond():
@@ -86,12 +88,10 @@ def test_shares_between_numbers_of_images_are_interpolated_and_not_beyond():
 
 
 def test_a_prediction_is_the_largest_limit_and_the_collectives():
-    chip = scaling.Chip(matrix=100, vector=10, bandwidth=1, host_chips=4, host_cores=8)
+    chip = chips.Chip(matrix=100, vector=10, bandwidth=1, host_chips=4, host_cores=8)
     many = Cost(matrix=4000, depthwise=10, other=30, least_bytes=8, most_bytes=80)
     few = many * 0.5
-    line = scaling.Line(
-        scaling.Work(few, state_bytes=3), 2, scaling.Work(many, state_bytes=3), 4, rounds=0
-    )
+    line = scaling.Line(Work(few, state_bytes=3), 2, Work(many, state_bytes=3), 4, rounds=0)
     found = scaling.predict(line, batch=8, devices=1, chip=chip, shares={1: 0.25})
     assert found.roofline == pytest.approx({"matrix": 80, "vector": 8, "memory": 22})
     assert found.bound == "matrix"
@@ -101,10 +101,10 @@ def test_a_prediction_is_the_largest_limit_and_the_collectives():
 def test_shares_come_from_the_cycles_of_equally_sampled_cases():
     name = "max_pool_3x3:native:4x8x16"
     least = max(
-        scaling.roofline_seconds(operation_cost(Case.parse(name)), 0, scaling.CHIPS["v5e"]).values()
+        chips.roofline_seconds(operation_cost(Case.parse(name)), 0, chips.CHIPS["v5e"]).values()
     )
     cycles = {
-        name: round(least * 5 * scaling.CLOCK),
+        name: round(least * 5 * chips.V5E_CLOCK),
         # Of another form and another size.
         "max_pool_3x3:shifted:4x8x16": 1,
         "max_pool_3x3:native:4x4x16": 1,

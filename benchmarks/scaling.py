@@ -11,7 +11,7 @@ estimate taken from the cycles that the TPU's own compiler notes for each operat
 sampled, at the images a chip has (`tpu_cycles.py`; linear in the logarithm between the numbers of
 images compiled for, and constant beyond them).
 
-    python benchmarks/scaling.py --cycles=docs/tpu_cycles.json
+    python benchmarks/scaling.py --cycles=docs/tpu_cycles.json --decoded=267
 
 Tables, then one JSON object as the last line. Nothing is compiled or run; some minutes.
 """

@@ -32,9 +32,8 @@ from workloads import (
     CIFAR_IMAGES,
     IMAGENET_IMAGES,
     Work,
-    search_config,
+    full_config,
     search_work,
-    training_config,
     training_work,
 )
 
@@ -215,7 +214,7 @@ def main() -> None:
     flags = parse_flags()
     with open(flags.cycles) as file:
         cycles = {case["case"]: case["cycles"] for case in json.load(file)["cases"]}
-    config, training = search_config(), training_config()
+    config, training = full_config("cifar10", "search"), full_config("imagenet", "train")
     shares = {
         "search": cycle_shares(cycles, _sizes(32, config.search.channels)),
         "training": cycle_shares(cycles, _sizes(28, training.network.channels)),

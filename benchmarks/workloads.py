@@ -5,6 +5,8 @@ in place of images and weights. The operations' form is the one that the package
 """
 
 import dataclasses
+import pathlib
+import runpy
 import time
 from unittest import mock
 
@@ -13,7 +15,6 @@ import numpy as np
 from costs import Cost, program_cost
 from ml_collections import config_dict
 
-from configs import cifar10, imagenet
 from cpnas_jax import search_networks, trainer
 from cpnas_jax.architecture.named import named_genotype
 from cpnas_jax.architecture.sampling import SHAPE
@@ -59,16 +60,10 @@ def _seen_devices(count: int):
     return mock.patch.object(jax, "device_count", return_value=count)
 
 
-def search_config() -> config_dict.ConfigDict:
-    """Return the config of the CIFAR-10 search, in a TPU's form."""
-    config = cifar10.get_config("search")
-    config.runtime.formulation = "native"
-    return config
-
-
-def training_config() -> config_dict.ConfigDict:
-    """Return the config of the ImageNet training, in a TPU's form."""
-    config = imagenet.get_config("train")
+def full_config(name: str, mode: str) -> config_dict.ConfigDict:
+    """Return the config of a file in `configs/`, in the form for TPUs."""
+    path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
+    config = runpy.run_path(str(path))["get_config"](mode)
     config.runtime.formulation = "native"
     return config
 

@@ -5,8 +5,8 @@ import lowerings
 import photos
 import pytest
 from one_cell import GENOTYPE, config_in, replace_data
+from workloads import full_config
 
-from configs import imagenet
 from cpnas_jax import feeds
 from cpnas_jax.architecture.named import named_genotype
 from cpnas_jax.trainer import Trainer, network_settings
@@ -84,7 +84,7 @@ def test_a_training_with_all_that_costs_lowers_for_tpu(config, monkeypatch, devi
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_training_of_the_config_lowers_for_tpu(monkeypatch, tmp_path, devices):
     lowerings.use_devices(monkeypatch, devices)
-    config = imagenet.get_config()
+    config = full_config("imagenet", "train")
     use_photos(config, tmp_path, config.dataset.image_size)
     # As many steps as there are images for.
     config.train.batch_size = config.evaluate.batch_size = 16

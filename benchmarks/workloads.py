@@ -90,7 +90,7 @@ def search_work(config: config_dict.ConfigDict, devices: int) -> Work:
             config, part(CIFAR_IMAGES - scored), part(scored), 1, time.monotonic()
         )
         model = jax.eval_shape(networks._initial_model, _key())
-        call = _of_one_device(networks._call(CHILD, np.zeros(SHAPE, np.int32), 0, 0, 1))
+        call = _of_one_device(networks._call(CHILD, np.zeros((1, *SHAPE), np.int32), 0, 0, 1))
         examples = {name: _of_one_device(own) for name, own in networks._examples.items()}
         axis = (AXIS, devices)
         return Work(

@@ -73,7 +73,8 @@ def check_program(program):
     assert (program.platforms, program.nr_devices) == (("tpu",), count)
     assert f"mhlo.num_partitions = {count} : i32, mhlo.num_replicas = 1 : i32" in text
     sums = list(ALL_REDUCE.finditer(text))
-    assert len(sums) == text.count("stablehlo.all_reduce") > 0
+    assert len(sums) == text.count("stablehlo.all_reduce")
+    assert sums or count == 1
     for match in sums:
         members, size = GROUPS.search(match["attributes"]).groups()
         assert members.strip("[]") == ", ".join(map(str, range(count)))
@@ -83,7 +84,9 @@ def check_program(program):
 
 
 def check_gradients(program, params):
-    """The gradient of every parameter, of one device's shape, is summed over the devices."""
+    """The gradient of every parameter, of one device's shape, is summed over several devices."""
+    if jax.device_count() == 1:
+        return
     wanted = collections.Counter((leaf.shape, "f32") for leaf in jax.tree.leaves(params))
     assert not wanted - reduced(program.mlir_module())
 

@@ -39,7 +39,7 @@ def check_search(patch, config, image_size, channels):
     )
     model = jax.eval_shape(networks._initial_model, jax.eval_shape(lambda: jax.random.key(0)))
     state = lowerings.on_devices(model)
-    call = networks._call(CHILD, np.zeros(SHAPE, np.int32), 0, 0, 1)
+    call = networks._call(CHILD, np.zeros((1, *SHAPE), np.int32), 0, 0, 1)
 
     arguments = (state, networks._examples["train"], call)
     train = lowerings.lowered_for_tpu(networks._train, *arguments)

@@ -1,5 +1,7 @@
 """What one of two processes meets stops both, by one message."""
 
+import re
+
 import photos
 import pytest
 from damage import spoil
@@ -60,3 +62,22 @@ def test_an_example_that_one_process_cannot_decode(files, tmp_path, split):
     (error,) = errors[0]
     assert f"of 2: the data set in {directory} is damaged or incomplete (example 9 of" in error
     assert "undecodable are 1, config.dataset.max_undecodable is 0" in error
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite(files, tmp_path):
+    arguments = (
+        *("--config.network.precision=float", "--config.train.float_learning_rate=1000"),
+        *("--config.train.gradient_clip=1e30", "--config.train.epochs=4"),
+    )
+    ended = together(files, files / "data", tmp_path / "run", *arguments)
+    assert [status for status, *_ in ended] == [1, 1], ended
+    (error,) = (
+        line for *_, said in ended for line in said.splitlines() if line.startswith("error")
+    )
+    assert re.match(
+        r"error: the loss, its gradient or the update is not finite in step \d+ of epoch \d; .*"
+        r"(an update left|the first output that is not is that of|nearest to the output is that of) "
+        r".+; (the last good checkpoint is .+|no checkpoint was written yet)\. Try a smaller ",
+        error,
+    )

@@ -19,8 +19,10 @@ from cpnas_jax.architecture.events import parse_history
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.replay import replay
 from cpnas_jax.data.datasets import Split
+from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.path_optimizer import CHILD, PARENT
+from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import Stopped, handled, stop_wished
@@ -232,6 +234,26 @@ def test_what_was_not_decoded_is_told_and_on_record(monkeypatch, tmp_path):
     assert "skipped because they cannot be decoded: 2 of split 'train'." in said
     results = json.loads((tmp_path / "results.json").read_text())["search"]
     assert results["undecodable"] == {"train": 2}
+
+
+def test_a_step_that_is_not_finite_names_what_is_saved(monkeypatch, tmp_path):
+    class Bad(Oracle):
+        def train(self, model, architecture, epoch, sums):
+            if (model, epoch, sums.steps) == (PARENT, 4, 2):
+                raise NotFinite("step 3 is not", "conv 0", "Try another")
+            return super().train(model, architecture, epoch, sums)
+
+    with pytest.raises(UserError) as caught:
+        run(monkeypatch, tmp_path, Bad)
+    # Two models of three steps and one more number each.
+    path = tmp_path / "search/checkpoints" / str(4 * 2 * 4)
+    assert str(caught.value) == (
+        f"step 3 is not; conv 0; the last good checkpoint is {path}, after sampled epoch 4 of 35. "
+        "Try another"
+    )
+    assert path.exists()
+    assert processes.is_everywhere(caught.value)
+    assert "Resumed after sampled epoch 4 of 35" in run(monkeypatch, tmp_path)[1]
 
 
 def test_another_machine_is_told(monkeypatch, tmp_path):

@@ -1,7 +1,9 @@
 """Kills a run at random moments until it has ended; compares it with one that was left alone.
 
-python tests/faults/kills.py --mode=search|train [--kills 30] [--signal KILL|TERM]
-    [--processes 1] [--devices 1] [--target one|all|launcher] [--seed 0] [flags of main]
+python tests/faults/kills.py --mode=search|train [--kills 30] [--terms 0] [--processes 1]
+    [--devices 1] [--target one|all|launcher] [--seed 0] [flags of main]
+
+`--kills` are by SIGKILL, `--terms` by SIGTERM, in an order that the seed draws.
 
 The run is a smoke search or training on stand-ins of CIFAR-10, long enough that it can be killed
 so often. Half of the kills, drawn by the seed, fall anywhere between the start and the end of
@@ -264,6 +266,7 @@ def allowed(number, status, phase, several):
 class Kill:
     """What was done to a run, and what the next start made of it."""
 
+    signal: str
     seconds: float
     phase: str
     status: int
@@ -283,15 +286,17 @@ def killed_until_the_end(runs, workdir, scratch, alone, options):
     Raises:
         Failure: it failed by itself, ended otherwise than it may, or left processes behind.
     """
-    rng, number = random.Random(options.seed), getattr(signal, f"SIG{options.signal}")
-    kills = []
-    for count in range(options.kills + 1):
+    rng, kills = random.Random(options.seed), []
+    names = ["KILL"] * options.kills + ["TERM"] * options.terms
+    rng.shuffle(names)
+    for count in range(len(names) + 1):
         attempt = Attempt(runs, workdir, scratch / f"output{count}")
         try:
-            if count < options.kills:
-                kill = killed(attempt, rng, number, alone, options, options.kills - count - 1)
-            else:
-                kill = None
+            kill = (
+                killed(attempt, rng, names[count], alone, options, len(names) - count - 1)
+                if count < len(names)
+                else None
+            )
             status = attempt.end() if kill is None else kill.status
         finally:
             attempt.kill_all()
@@ -304,14 +309,19 @@ def killed_until_the_end(runs, workdir, scratch, alone, options):
         if status == 0:
             # The signal came when all was done.
             return kills
-        if not allowed(number, status, kill.phase, options.processes > 1):
-            raise Failure(f"{options.signal} in {kill.phase!r} ended it with {status}", attempt)
+        if not allowed(numbered(kill.signal), status, kill.phase, options.processes > 1):
+            raise Failure(f"{kill.signal} in {kill.phase!r} ended it with {status}", attempt)
         kills.append(kill)
         print(f"{row(len(kills), kill)}", file=sys.stderr, flush=True)
     raise AssertionError("the last attempt returns")
 
 
-def killed(attempt, rng, number, alone, options, later_kills):
+def numbered(name):
+    """Return the number of a signal."""
+    return getattr(signal, f"SIG{name}")
+
+
+def killed(attempt, rng, name, alone, options, later_kills):
     """Wait for the moment and send the signal; return the kill, None where it ended before."""
     when = moment(rng, alone, attempt.lines_before, later_kills)
     if when.compiled:
@@ -323,20 +333,22 @@ def killed(attempt, rng, number, alone, options, later_kills):
     if not attempt.wait_for(lambda: attempt.seconds() >= delay):
         return None
     seconds, before = attempt.seconds(), attempt.phase()
-    attempt.send(number, options.target, rng)
+    attempt.send(numbered(name), options.target, rng)
     status = attempt.end()
-    phase = attempt.phase() if number == signal.SIGKILL else before
-    return Kill(seconds, phase, status, attempt.lines())
+    phase = attempt.phase() if name == "KILL" else before
+    return Kill(name, seconds, phase, status, attempt.lines())
 
 
-HEADER = f"{'kill':>4} {'moment':>8}  {'phase':<30} {'status':>6} {'lines':>5}  the next start"
+HEADER = (
+    f"{'kill':>4} {'by':<4} {'moment':>8}  {'phase':<30} {'status':>6} {'lines':>5}  the next start"
+)
 
 
 def row(number, kill):
     """Return a line of the table."""
     return (
-        f"{number:4} {kill.seconds:6.1f} s  {kill.phase:<30} {kill.status:6} {kill.lines:5}  "
-        f"{kill.resumed}"
+        f"{number:4} {kill.signal:<4} {kill.seconds:6.1f} s  {kill.phase:<30} {kill.status:6} "
+        f"{kill.lines:5}  {kill.resumed}"
     )
 
 
@@ -384,7 +396,7 @@ def examine(runs, scratch, options):
         parts = differing(OUTCOMES[runs.mode](workdir), alone.outcome)
         if parts:
             failures.append(f"the killed run differs in {', '.join(parts)}")
-        if len(kills) < options.kills:
+        if len(kills) < options.kills + options.terms:
             failures.append(f"the run ended after {len(kills)} kills; give it more epochs")
     except Failure as failure:
         failures.append(str(failure))
@@ -392,8 +404,8 @@ def examine(runs, scratch, options):
     for number, kill in enumerate(kills, 1):
         print(row(number, kill))
     return {
-        **{name: getattr(options, name) for name in ("mode", "signal", "processes", "devices")},
-        "kills": len(kills),
+        **{name: getattr(options, name) for name in ("mode", "processes", "devices")},
+        "signals": dict(collections.Counter(kill.signal for kill in kills)),
         "phases": dict(collections.Counter(kill.phase for kill in kills)),
         "start_seconds": alone and round(alone.start_seconds, 1),
         "work_seconds": alone and round(alone.work_seconds, 1),
@@ -409,8 +421,8 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mode", choices=sorted(FLAGS), required=True)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
+    parser.add_argument("--kills", type=int, default=30, help="by SIGKILL")
+    parser.add_argument("--terms", type=int, default=0, help="by SIGTERM")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--devices", type=int, default=1, help="of each process")
     parser.add_argument("--target", choices=("one", "all", "launcher"), default="one")

@@ -60,10 +60,10 @@ def killed(tmp_path, capsys):
 
     def call(fault="none", **changes):
         (tmp_path / "run.py").write_text(STAND_IN)
-        options = {"mode": "search", "kills": 6, "signal": "KILL", "target": "one", "seed": 0}
+        options = {"mode": "search", "kills": 6, "terms": 0, "target": "one", "seed": 0}
         options |= {"processes": 1, "devices": 1, **changes}
         command = [sys.executable, "-S", str(tmp_path / "run.py")]
-        last = {"killed": tmp_path / f"output{options['kills']}"}
+        last = {"killed": tmp_path / f"output{options['kills'] + options['terms']}"}
         runs = script.Runs(
             "search",
             lambda workdir: [*command, str(workdir), fault, str(last.get(workdir.name, workdir))],
@@ -76,11 +76,11 @@ def killed(tmp_path, capsys):
     return call
 
 
-@pytest.mark.parametrize("number", ["KILL", "TERM"])
-def test_kills_of_a_run_that_resumes(killed, number):
-    result, rows = killed(signal=number)
+@pytest.mark.parametrize("signals", [{"KILL": 6}, {"TERM": 6}, {"KILL": 2, "TERM": 4}])
+def test_kills_of_a_run_that_resumes(killed, signals):
+    result, rows = killed(kills=signals.get("KILL", 0), terms=signals.get("TERM", 0))
     assert result["failures"] == []
-    assert (result["kills"], result["bitwise_equal"]) == (6, True)
+    assert (result["signals"], result["bitwise_equal"]) == (signals, True)
     assert sum(result["phases"].values()) == len(rows) == 6
     # Kills fell into the start and into the work, and some of what was done was kept.
     assert set(result["phases"]) & {"importing", "reading, restoring, compiling"}
@@ -96,7 +96,7 @@ def test_a_run_that_resumes_otherwise_is_seen(killed):
 
 
 def test_a_stopped_run_with_another_status_is_seen(killed):
-    result, _ = killed("fails when stopped", signal="TERM")
+    result, _ = killed("fails when stopped", kills=0, terms=6)
     assert not result["bitwise_equal"]
     assert "TERM in " in result["failures"][0]
     assert "ended it with 1" in result["failures"][0]

@@ -140,7 +140,7 @@ def training_work(config: config_dict.ConfigDict, genotype: str, devices: int) -
             statistics,
         )
         function = make_stream_call(step_settings, step)
-        cost = program_cost(function, state, batch, call, axis=(AXIS, devices))
+        cost = program_cost(function, state, batch, call, number, axis=(AXIS, devices))
     return Work(step=cost, state_bytes=_num_bytes(state))
 
 

@@ -20,6 +20,7 @@ from cpnas_jax import evaluate
 from cpnas_jax.data.datasets import Split, channel_statistics, limit_examples, load_split
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.stream import Stream, open_stream, placed_ahead
+from cpnas_jax.data.undecodable import refuse_other
 from cpnas_jax.models.network import NetworkSettings
 from cpnas_jax.runtime import processes, stall
 from cpnas_jax.runtime.errors import UserError
@@ -291,7 +292,9 @@ class ResidentFeed:
         return {name: list(split.undecodable) for name, split in pairs}
 
     def met_before(self, undecodable: dict[str, list[int]]) -> None:
-        """The same were left out again."""
+        """Compare with what was left out here; see `undecodable.refuse_other`."""
+        for name, rows in self.undecodable().items():
+            refuse_other(name, undecodable.get(name, ()), rows)
 
     def close(self) -> None:
         """Nothing reads ahead here."""

@@ -100,6 +100,11 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _run_mode(config: config_dict.ConfigDict, workdir: str) -> None:
+    with stall.watched(config.runtime.stall_seconds, processes.name()):
+        _run_watched(config, workdir)
+
+
+def _run_watched(config: config_dict.ConfigDict, workdir: str) -> None:
     devices = environment.device_count()
     processes.first_alone(lambda: configs.validate(config, devices))
     versions = environment.record()["versions"]
@@ -108,8 +113,7 @@ def _run_mode(config: config_dict.ConfigDict, workdir: str) -> None:
     )
     if config.runtime.compilation_cache:
         environment.cache_compiled_programs()
-    watched = stall.watched(config.runtime.stall_seconds, processes.name())
-    with watched, Reporter(quiet=not processes.is_first()) as reporter:
+    with Reporter(quiet=not processes.is_first()) as reporter:
         _MODES[config.mode](config, workdir, reporter)
 
 

@@ -19,7 +19,7 @@ from cpnas_jax.architecture.indicator import child_parent_score, drop_worst, ind
 from cpnas_jax.architecture.sampling import LAST_STAGE, num_sampled_epochs, stage_permutations
 from cpnas_jax.config import config_hash, deciding_keys, flatten
 from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
-from cpnas_jax.data.undecodable import tell_skipped
+from cpnas_jax.data.undecodable import refuse_other, tell_skipped
 from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.path_optimizer import CHILD, PARENT
 from cpnas_jax.runtime import environment, processes, stall
@@ -79,8 +79,8 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
             )
         )
     processes.require_agreement("reading the data", undecodable=split.undecodable)
-    skipped = len(split.undecodable)
-    tell_skipped(reporter, {"train": skipped})
+    undecodable = split.undecodable
+    tell_skipped(reporter, {"train": len(undecodable)})
     split = limit_examples(split, config.search.examples, config.seed, "search.examples")
     fraction = config.search.validation_fraction
     train, validation = train_validation_parts(split, fraction, config.seed)
@@ -90,7 +90,7 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         directory.path / "search" / "checkpoints", config.runtime.keep_checkpoints
     )
     with checkpoints:
-        run = _Run(config, networks, directory, checkpoints, reporter, total)
+        run = _Run(config, networks, directory, checkpoints, reporter, total, undecodable)
         reporter.say(plan_text(config, train, validation, total, networks))
         run.resume_or_start()
         run.go_on()
@@ -101,7 +101,7 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         run.history,
         run.progress.survivors,
         dataset=train.name,
-        skipped=skipped,
+        skipped=len(undecodable),
     )
 
 
@@ -156,7 +156,9 @@ class _Run:
         checkpoints: Checkpoints,
         reporter: Reporter,
         total: int,
+        undecodable: tuple[int, ...],
     ) -> None:
+        self.undecodable = undecodable
         self.config, self.networks, self.directory = config, networks, directory
         self.checkpoints, self.reporter, self.total = checkpoints, reporter, total
         self.progress = Progress.start(tuple(config.search.operations))
@@ -198,6 +200,7 @@ class _Run:
                 Underway.from_record(found.record["underway"]),
             )
             self._refuse_other_paths(found.record["paths"])
+            refuse_other("train", found.record["undecodable"], self.undecodable)
             self.history = History(self.history_path, found.record["history"])
             self.held[found.step] = self._where()
             self.reporter.say(f"Resumed {self._where()}.")
@@ -380,6 +383,7 @@ class _Run:
             "position": dataclasses.asdict(progress.position),
             "underway": dataclasses.asdict(progress.underway),
             "paths": self.networks.paths,
+            "undecodable": list(self.undecodable),
             "history": self.history.lines,
             "config_hash": config_hash(self.config),
         }

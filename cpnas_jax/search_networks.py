@@ -327,12 +327,18 @@ class Networks:
 
             return bad_layer(self._settings, start, own[0], model == CHILD, repeat)
 
+        sampled = f"sampled epoch {epoch + 1}"
+        if len(architectures) > 1:
+            sampled += f" to {epoch + len(architectures)}"
+
         def first_bad_layer() -> str | None:
             for position in range(len(architectures)):
                 layer = of_architecture(position)
                 if self.paths > 1:
                     # The first group's devices alone have run it.
                     layer = processes.from_first(functools.partial(str, layer or ""))
+                if layer and len(architectures) > 1:
+                    layer += f", in sampled epoch {epoch + position + 1}"
                 if layer:
                     return layer
             return None
@@ -341,7 +347,7 @@ class Networks:
         key = "child_learning_rate" if model == CHILD else "learning_rate"
         return NotFinite(
             f"the loss of the {model}, its gradient or the update is not finite in step "
-            f"{number + 1} of sampled epoch {epoch + 1}",
+            f"{number + 1} of {sampled}",
             layer,
             f"Try a smaller config.search.{key} in a new workdir",
         )

@@ -21,12 +21,17 @@ def plan_text(
     """Say what will happen, in a few lines."""
     search = config.search
     together = networks.paths
-    groups = (
-        f"Up to {together} architectures of a round are trained at the same time, each by its own "
-        f"group of devices: "
-        if together > 1
-        else ""
-    )
+    groups = ""
+    if together > 1:
+        groups = (
+            f"Up to {together} architectures of a round are trained at the same time, each by its "
+            "own group of devices: "
+        )
+    elif search.parallel == "path":
+        groups = (
+            "One architecture at a time, as by search.parallel=data: this number of devices makes "
+            f"no several groups of at most {len(search.operations)}. "
+        )
     size = "x".join(map(str, train.images.shape[1:]))
     return "\n".join(
         [

@@ -29,7 +29,7 @@ def use_devices(patch, count):
     for name in ("device_count", "local_device_count"):
         patch.setattr(jax, name, lambda: count)
     for name in ("devices", "local_devices"):
-        patch.setattr(jax, name, lambda: devices)
+        patch.setattr(jax, name, lambda **_: devices)
 
 
 def formulation_on_tpus(patch):

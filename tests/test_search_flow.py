@@ -236,6 +236,37 @@ def test_what_was_not_decoded_is_told_and_on_record(monkeypatch, tmp_path):
     assert results["undecodable"] == {"train": 2}
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ((7,), "example 3 can be decoded again"),
+        ((3, 7, 9), "example 7, 9 can no longer be decoded"),
+    ],
+)
+def test_other_damaged_examples_than_before_are_refused(monkeypatch, tmp_path, rows, words):
+    class Stops(Oracle):
+        def train(self, model, architectures, epoch, sums):
+            if epoch == 4:
+                raise UserError("stop")
+            return super().train(model, architectures, epoch, sums)
+
+    whole = search_module.load_split()
+    monkeypatch.setattr(
+        search_module, "load_split", lambda *_: dataclasses.replace(whole, undecodable=(3,))
+    )
+    with pytest.raises(UserError, match="stop"):
+        run(monkeypatch, tmp_path, Stops)
+    monkeypatch.setattr(
+        search_module, "load_split", lambda *_: dataclasses.replace(whole, undecodable=rows)
+    )
+    with pytest.raises(UserError, match=words):
+        run(monkeypatch, tmp_path)
+    monkeypatch.setattr(
+        search_module, "load_split", lambda *_: dataclasses.replace(whole, undecodable=(3,))
+    )
+    run(monkeypatch, tmp_path)
+
+
 def test_a_step_that_is_not_finite_names_what_is_saved(monkeypatch, tmp_path):
     class Bad(Oracle):
         def train(self, model, architecture, epoch, sums):
@@ -248,12 +279,12 @@ def test_a_step_that_is_not_finite_names_what_is_saved(monkeypatch, tmp_path):
     # Two models of three steps and one more number each.
     path = tmp_path / "search/checkpoints" / str(4 * 2 * 4)
     assert str(caught.value) == (
-        f"step 3 is not; conv 0; the last good checkpoint is {path}, after sampled epoch 4 of 35. "
-        "Try another"
+        f"step 3 is not; conv 0; the last good checkpoint is {path}, after sampled epoch 4 of "
+        f"{TOTAL}. Try another"
     )
     assert path.exists()
     assert processes.is_everywhere(caught.value)
-    assert "Resumed after sampled epoch 4 of 35" in run(monkeypatch, tmp_path)[1]
+    assert f"Resumed after sampled epoch 4 of {TOTAL}" in run(monkeypatch, tmp_path)[1]
 
 
 def test_another_machine_is_told(monkeypatch, tmp_path):
@@ -356,7 +387,7 @@ def test_a_wave_is_finished_by_as_many_groups(monkeypatch, tmp_path, handlers, p
                 return stop_wished()
             return stop
 
-    with pytest.raises(Stopped, match="in sampled epoch 4 of 14, after step 2 of the parent"):
+    with pytest.raises(Stopped, match=f"in sampled epoch 4 of {TOTAL}, after step 2 of the parent"):
         run(monkeypatch, tmp_path / "run", Signalled)
     monkeypatch.setattr(Oracle, "paths", paths)
     if paths == 2:

@@ -125,6 +125,7 @@ EVALUATION = {
         "precision": "binary",
         "epoch": 2,
         "class_names": list("abcdef"),
+        "undecodable": 0,
     },
     **dict.fromkeys(("examples", "top1", "top5", "loss", "per_class", "confusion")),
 }
@@ -158,7 +159,7 @@ def test_a_trained_network_answers_for_its_checkpoint_and_for_no_other_cells(con
 READ_ELSEWHERE = {
     "mode",
     "evaluate.checkpoint",
-    "runtime.compilation_cache",
+    *("runtime.compilation_cache", "runtime.stall_seconds"),
     *("dataset.workers", "dataset.crop_area", "dataset.central_crop"),  # of streams
 }
 

@@ -13,8 +13,8 @@ import pytest
 import stand_in
 import tensorflow_datasets as tfds
 from command_line import call_main
-from damage import spoil
 from small_training import GENOTYPE, Command, refusal
+from spoiling import spoil
 
 from cpnas_jax.data.mnist5k import OfflineInfo
 

@@ -120,6 +120,26 @@ def nothing_decodes(directory: os.PathLike[str] | str, split: str) -> UserError:
     return records.damaged(directory, f"no example of split {split!r} can be decoded")
 
 
+def refuse_other(split: str, stored: Iterable[int], found: Iterable[int]) -> None:
+    """Compare the examples that a set in memory leaves out with those before a resumption.
+
+    Raises:
+        UserError: they are others, so that the batches of the same run would be others.
+    """
+    before, now = set(stored), set(found)
+    if before != now:
+        kinds = {"can no longer be decoded": now - before, "can be decoded again": before - now}
+        texts = [
+            f"example {', '.join(map(str, sorted(rows)))} {what}"
+            for what, rows in kinds.items()
+            if rows
+        ]
+        raise UserError(
+            f"split {split!r} of the data is not what the run began with: {'; '.join(texts)}. "
+            "Restore the data as they were, or begin in a new workdir"
+        )
+
+
 def tell_skipped(reporter: Reporter, counts: dict[str, int]) -> None:
     """Say how many examples of each split were skipped, if any were."""
     each = [f"{count} of split {split!r}" for split, count in counts.items() if count]

@@ -19,8 +19,17 @@ _DEVICES = "the devices to compute, in a step those of all processes"
 
 def local_positions() -> list[int]:
     """Return where this process' devices stand among those of all processes, on `AXIS`."""
-    positions = {device: position for position, device in enumerate(jax.devices())}
+    positions = {device: position for position, device in enumerate(_in_order())}
     return [positions[device] for device in jax.local_devices()]
+
+
+def _in_order() -> list[jax.Device]:
+    """Return the devices as pmap takes them: process by process, whatever their numbers."""
+    return [
+        device
+        for process in range(jax.process_count())
+        for device in jax.local_devices(process_index=process)
+    ]
 
 
 def replicate(tree: Any) -> Any:
@@ -81,7 +90,7 @@ def _over_all_devices(tree: Any) -> Any:
     """Turn every process' local arrays into its part of arrays over the devices of all."""
     if jax.process_count() == 1:
         return tree
-    sharding = NamedSharding(Mesh(np.asarray(jax.devices()), (AXIS,)), PartitionSpec(AXIS))
+    sharding = NamedSharding(Mesh(np.asarray(_in_order()), (AXIS,)), PartitionSpec(AXIS))
 
     def joined(leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array):

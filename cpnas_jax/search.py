@@ -347,8 +347,8 @@ class _Run:
             f"{line['parent_accuracy']:.3f} z {line['z']:.3f} loss {losses}, "
             f"{images:.0f} images/s, {duration(left)} left",
         )
-        if is_first:
-            assert self.networks.first_step_seconds is not None
+        # A search that was stopped after the last step of an epoch begins with scoring it.
+        if is_first and self.networks.first_step_seconds is not None:
             self.reporter.say(
                 f"First training step {self.networks.first_step_seconds:.1f} s after the start; "
                 f"all {self.total} sampled epochs will take about {duration(seconds * self.total)}."

@@ -253,6 +253,7 @@ class Networks:
         """Return a call with each local device's own values along the first axis."""
         # A group without a path has `none` on every edge, and nothing to do.
         idle = np.full(SHAPE, OPERATIONS.index("none"), np.int32)
+        stop = stop_wished()
 
         def of_device(position: int) -> Call:
             group = position // self._shards.group_size
@@ -265,7 +266,7 @@ class Networks:
                 rate_epoch=np.asarray(epoch, np.int32),
                 first_step=np.asarray(first_step, np.int32),
                 num_steps=np.asarray(num_steps, np.int32),
-                stop=np.asarray(stop_wished(), np.int32),
+                stop=np.asarray(stop, np.int32),
                 passes=np.asarray(self._shards.passes, np.int32),
                 key=self._key,
             )

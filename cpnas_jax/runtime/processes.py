@@ -95,6 +95,8 @@ def start(
             "--num_processes, --process_id and --distributed"
         ) from error
     _started = True
+    # The collectives that follow wait for 30 seconds when they are used for the first time.
+    meet("the start")
 
 
 def _on_tpu() -> bool:

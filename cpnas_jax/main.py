@@ -100,12 +100,12 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _run_mode(config: config_dict.ConfigDict, workdir: str) -> None:
-    with stall.watched(config.runtime.stall_seconds, processes.name()):
-        _run_watched(config, workdir)
-
-
-def _run_watched(config: config_dict.ConfigDict, workdir: str) -> None:
     devices = environment.device_count()
+    with stall.watched(config.runtime.stall_seconds, processes.name()):
+        _run_watched(config, workdir, devices)
+
+
+def _run_watched(config: config_dict.ConfigDict, workdir: str, devices: int) -> None:
     processes.first_alone(lambda: configs.validate(config, devices))
     versions = environment.record()["versions"]
     processes.require_agreement(

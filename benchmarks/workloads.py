@@ -4,6 +4,7 @@ They are built from the configs as the package builds them, for any number of de
 in place of images and weights. The operations' form is the one that the package takes on a TPU.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import runpy
@@ -15,12 +16,12 @@ import numpy as np
 from costs import Cost, program_cost
 from ml_collections import config_dict
 
-from cpnas_jax import search_networks, trainer
+from cpnas_jax import search_networks, search_step, train_step, trainer
 from cpnas_jax.architecture.named import named_genotype
 from cpnas_jax.architecture.sampling import SHAPE
 from cpnas_jax.data.datasets import Split
 from cpnas_jax.data.examples import Examples
-from cpnas_jax.feeds import Facts
+from cpnas_jax.feed import Facts
 from cpnas_jax.path_optimizer import CHILD
 from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.train_step import TrainCall, make_batch_step, make_stream_call
@@ -56,8 +57,20 @@ def _num_bytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _seen_devices(count: int):
-    return mock.patch.object(jax, "device_count", return_value=count)
+@contextlib.contextmanager
+def _good_steps(devices: int):
+    """See so many devices, and updates without the condition that every good step fulfils."""
+    with (
+        mock.patch.object(jax, "device_count", return_value=devices),
+        mock.patch.object(search_step, "unless_bad", _updated),
+        mock.patch.object(train_step, "unless_bad", _updated),
+    ):
+        yield
+
+
+def _updated(finite, update, state):
+    del finite, state
+    return update()
 
 
 def full_config(name: str, mode: str) -> config_dict.ConfigDict:
@@ -83,7 +96,7 @@ def search_work(config: config_dict.ConfigDict, devices: int) -> Work:
         return function
 
     with (
-        _seen_devices(devices),
+        _good_steps(devices),
         mock.patch.multiple(search_networks, pmap_donated=unmapped, pmap_kept=unmapped),
     ):
         networks = search_networks.Networks(
@@ -121,7 +134,7 @@ class _NoFeed:
 def training_work(config: config_dict.ConfigDict, genotype: str, devices: int) -> Work:
     """Return what a step of training a published genotype costs each of so many devices."""
     feed = _NoFeed(config)
-    with _seen_devices(devices):
+    with _good_steps(devices):
         settings = trainer.network_settings(
             config, named_genotype(genotype), IMAGENET_CLASSES, binary=True
         )

@@ -10,7 +10,8 @@ from cpnas_jax import evaluate as evaluation
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.data.datasets import describe
 from cpnas_jax.data.undecodable import tell_skipped
-from cpnas_jax.feeds import Feed, open_feed
+from cpnas_jax.feed import Feed
+from cpnas_jax.feeds import open_feed
 from cpnas_jax.models.summary import Summary, summarise, table
 from cpnas_jax.runtime.checkpoints import Checkpoints, holds_checkpoints
 from cpnas_jax.runtime.console import Reporter

@@ -6,7 +6,8 @@ import os
 from ml_collections import config_dict
 
 from cpnas_jax.architecture.genotype import Genotype
-from cpnas_jax.feeds import Feed, open_feed
+from cpnas_jax.feed import Feed
+from cpnas_jax.feeds import open_feed
 from cpnas_jax.models.summary import totals_text
 from cpnas_jax.modes import evaluate_network, evaluated, write_summary
 from cpnas_jax.runtime.console import Reporter

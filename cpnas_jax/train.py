@@ -12,7 +12,8 @@ from cpnas_jax.config import deciding_keys, flatten
 from cpnas_jax.data.undecodable import tell_skipped
 from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.evaluate import Evaluation
-from cpnas_jax.feeds import Facts, Feed, open_feed
+from cpnas_jax.feed import Facts, Feed
+from cpnas_jax.feeds import open_feed
 from cpnas_jax.runtime import environment, processes, stall
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration

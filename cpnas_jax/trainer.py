@@ -16,7 +16,7 @@ from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.config_rules import check_fits_images
 from cpnas_jax.data.order import weights_key
 from cpnas_jax.diagnosis import NotFinite, explained, once
-from cpnas_jax.feeds import Feed
+from cpnas_jax.feed import Feed
 from cpnas_jax.models import losses, network
 from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.blocks import Levers, OperationSettings

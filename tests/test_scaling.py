@@ -9,7 +9,9 @@ import scaling
 from costs import Cost
 from jax import lax
 from tpu_cycles import Case, count_cycles, operation_cost
-from workloads import Work
+from workloads import Work, full_config, search_work, training_work
+
+from cpnas_jax import config as configs
 
 AXIS = ("devices", 8)
 IMAGES = jax.ShapeDtypeStruct((4, 8, 8, 16), jnp.float32)
@@ -130,3 +132,29 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 }
 """
     assert count_cycles(text) == (42, 30)
+
+
+def small(name, mode):
+    config = full_config(name, mode)
+    configs.shrink(config)
+    config.network.cells, config.train.batch_size = 2, 16
+    return config
+
+
+@pytest.mark.slow
+def test_a_search_and_a_training_are_counted_whole():
+    search = search_work(small("cifar10", "search"), 8)
+    training = training_work(small("imagenet", "train"), "DDPNAS_XNOR_1", 8)
+    for work in (search, training):
+        assert work.step.matrix > work.step.depthwise > 0
+        # Every parameter's gradient is summed over the devices.
+        assert work.state_bytes > work.step.collective_bytes() > 0
+    # Of all the images that score, and forward alone.
+    assert search.score.flops > search.step.flops
+
+
+@pytest.mark.slow
+def test_twice_the_devices_have_half_the_images_each():
+    several, twice = (search_work(small("cifar10", "search"), count) for count in (4, 8))
+    assert twice.step.depthwise == pytest.approx(several.step.depthwise / 2, rel=0.1)
+    assert twice.step.collectives == several.step.collectives

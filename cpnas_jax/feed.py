@@ -1,0 +1,108 @@
+"""What final training asks of its data, and what is known of them before they are read."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from cpnas_jax.models.network import NetworkSettings
+from cpnas_jax.runtime.parallel import replicate
+from cpnas_jax.runtime.shards import Shards
+from cpnas_jax.steps import Run, steps_until_bad
+from cpnas_jax.train_step import BatchStep, StepSettings, TrainCall
+
+Compiled = Callable[..., Any]
+"""(name, make, *arguments) -> the compiled program of what `make()` returns, made once a name."""
+
+_ZERO = np.zeros((), np.int32)
+CALL = TrainCall(
+    epoch=_ZERO,
+    first_step=_ZERO,
+    num_steps=_ZERO,
+    stop=_ZERO,
+    passes=_ZERO,
+    key=np.zeros(2, np.uint32),
+)
+"""What a call looks like, to compile for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a data set before any of it is on a device.
+
+    Attributes:
+        name: of the data set.
+        image_shape: (height, width, channels) as the network sees it.
+        num_train: training examples.
+        num_test: examples of the split that is evaluated.
+        class_names: in the order of the labels.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    num_train: int
+    num_test: int
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Return the number of classes, present in the splits or not."""
+        return len(self.class_names)
+
+
+class Feed(Protocol):
+    """What `Trainer` asks of its data."""
+
+    facts: Facts
+
+    def device_bytes(self) -> int:
+        """Return what the data takes on each device."""
+
+    def place(self) -> None:
+        """Put on the devices what lives there."""
+
+    def program(
+        self,
+        compiled: Compiled,
+        name: Any,
+        settings: StepSettings,
+        step: BatchStep,
+        state: Any,
+        run: Run = steps_until_bad,
+    ) -> Any:
+        """Return the compiled training program, of which `run` runs the steps."""
+
+    def train(self, program: Any, state: Any, call: TrainCall) -> tuple[Any, dict[str, Any]]:
+        """Run the steps of a call; return the new state and the metrics' sums on the host."""
+
+    def counting_program(
+        self, compiled: Compiled, settings: NetworkSettings, batch_size: int, variables: Any
+    ) -> Any:
+        """Return the compiled program that counts a network's answers."""
+
+    def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
+        """Return the counts of `evaluate.evaluation` over the whole test split."""
+
+    def undecodable(self) -> dict[str, list[int]]:
+        """Return split -> examples that were skipped; every process must call it.
+
+        Raises:
+            UserError: they are too many.
+        """
+
+    def met_before(self, undecodable: dict[str, list[int]]) -> None:
+        """Count examples, as `undecodable` gives them, that were skipped before a resumption.
+
+        Raises:
+            UserError: they are too many.
+        """
+
+    def close(self) -> None:
+        """End what reads ahead."""
+
+
+def passes_of(shards: Shards) -> jax.Array:
+    """Return the shards of a device, see `Shards.combine`, as an input of its programs."""
+    return replicate(np.asarray(shards.passes, np.int32))

@@ -127,6 +127,7 @@ def test_the_same_seed_gives_bitwise_the_same_search(shell, undisturbed, tmp_pat
     assert search_outcome(tmp_path) == search_outcome(undisturbed[0])
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_permutations(shell, undisturbed, tmp_path):
     finish(shell(tmp_path, "--config.seed=1"))
     logs = (lines(path / "search/history.jsonl") for path in (tmp_path, undisturbed[0]))

@@ -15,7 +15,7 @@ from cpnas_jax.search_networks import EpochSums, Networks
 
 CHOSEN = {(0, 2): "dil_conv_3x3", (2, 4): "skip_connect"}
 ARCHITECTURE = np.array(
-    [[OPERATIONS.index(CHOSEN.get(edge, "none")) for edge in EDGES]] * 2, np.int32
+    [[[OPERATIONS.index(CHOSEN.get(edge, "none")) for edge in EDGES]] * 2], np.int32
 )
 
 

@@ -73,21 +73,21 @@ def test_worker_that_is_killed(train):
 
 
 SCRIPT = """
-import json, multiprocessing, signal, sys
+import json, multiprocessing, sys
 from cpnas_jax.data import stream
+from cpnas_jax.runtime.interruptions import handled, noted, stop_wished
 
 def main():
-    # A shell that starts the tests in the background has them ignore it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     opened = stream.open_stream("photos", "train", sys.argv[1], 24)
     batches = opened.training_batches(seed=0, epoch=0, first_step=0, batch_size=12,
                                       process_index=0, process_count=1, epochs=100000, workers=1)
     next(batches)
-    try:
+    with handled(), noted():
         print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
         for _ in batches:
-            pass
-    except KeyboardInterrupt:
+            if stop_wished():
+                break
+        batches.close()
         sys.exit("interrupted")
 
 if __name__ == "__main__":
@@ -130,4 +130,7 @@ def test_workers_end_with_their_parent(root, tmp_path, end):
             os.killpg(parent.pid, signal.SIGKILL)
         parent.communicate()
     if end == signal.SIGINT:
-        assert errors == "interrupted\n"
+        assert len(errors.splitlines()) == 2, errors
+        told, last = errors.splitlines()
+        assert told.startswith("Ctrl-C: ")
+        assert last == "interrupted"

@@ -130,7 +130,8 @@ def test_workers_end_with_their_parent(root, tmp_path, end):
             os.killpg(parent.pid, signal.SIGKILL)
         parent.communicate()
     if end == signal.SIGINT:
-        assert len(errors.splitlines()) == 2, errors
-        told, last = errors.splitlines()
-        assert told.startswith("Ctrl-C: ")
-        assert last == "interrupted"
+        lines = errors.splitlines()
+        assert lines[0].startswith("Ctrl-C: ")
+        # Python's tracker may add that it cleans up what a worker was handing over.
+        assert lines[1] == "interrupted"
+        assert "Traceback" not in errors

@@ -48,7 +48,8 @@ def together(files, data, workdir, *arguments):
     )
 
 
-@pytest.mark.parametrize("split", ["train", pytest.param("validation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "validation"])
 def test_an_example_that_one_process_cannot_decode(files, tmp_path, split):
     directory = photos.prepare(tmp_path / "data")
     # In evaluation the second process has the second half of each batch.

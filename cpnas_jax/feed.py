@@ -1,14 +1,15 @@
 """What final training asks of its data, and what is known of them before they are read."""
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
 from cpnas_jax.models.network import NetworkSettings
-from cpnas_jax.runtime.parallel import replicate
+from cpnas_jax.runtime.parallel import pmap_donated, replicate
 from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.steps import Run, steps_until_bad
 from cpnas_jax.train_step import BatchStep, StepSettings, TrainCall
@@ -52,16 +53,26 @@ class Facts:
         return len(self.class_names)
 
 
-class Feed(Protocol):
+class Feed(abc.ABC):
     """What `Trainer` asks of its data."""
 
     facts: Facts
 
+    @abc.abstractmethod
     def device_bytes(self) -> int:
         """Return what the data takes on each device."""
 
+    @abc.abstractmethod
     def place(self) -> None:
         """Put on the devices what lives there."""
+
+    @abc.abstractmethod
+    def training_call(self, settings: StepSettings, step: BatchStep, run: Run) -> Any:
+        """Return the function of one device that trains, in which `run` runs the steps."""
+
+    @abc.abstractmethod
+    def like(self, batch_size: int) -> tuple[Any, ...]:
+        """Return what a training program takes behind the state, to compile for it."""
 
     def program(
         self,
@@ -73,18 +84,28 @@ class Feed(Protocol):
         run: Run = steps_until_bad,
     ) -> Any:
         """Return the compiled training program, of which `run` runs the steps."""
+        return compiled(
+            name,
+            lambda: pmap_donated(self.training_call(settings, step, run)),
+            state,
+            *self.like(settings.batch_size),
+        )
 
+    @abc.abstractmethod
     def train(self, program: Any, state: Any, call: TrainCall) -> tuple[Any, dict[str, Any]]:
         """Run the steps of a call; return the new state and the metrics' sums on the host."""
 
+    @abc.abstractmethod
     def counting_program(
         self, compiled: Compiled, settings: NetworkSettings, batch_size: int, variables: Any
     ) -> Any:
         """Return the compiled program that counts a network's answers."""
 
+    @abc.abstractmethod
     def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
         """Return the counts of `evaluate.evaluation` over the whole test split."""
 
+    @abc.abstractmethod
     def undecodable(self) -> dict[str, list[int]]:
         """Return split -> examples that were skipped; every process must call it.
 
@@ -92,6 +113,7 @@ class Feed(Protocol):
             UserError: they are too many.
         """
 
+    @abc.abstractmethod
     def met_before(self, undecodable: dict[str, list[int]]) -> None:
         """Count examples, as `undecodable` gives them, that were skipped before a resumption.
 
@@ -99,6 +121,7 @@ class Feed(Protocol):
             UserError: they are too many.
         """
 
+    @abc.abstractmethod
     def close(self) -> None:
         """End what reads ahead."""
 

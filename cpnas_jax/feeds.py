@@ -21,13 +21,12 @@ from cpnas_jax.models.network import NetworkSettings
 from cpnas_jax.runtime import processes, stall
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.parallel import (
-    pmap_donated,
     pmap_kept,
     replicate,
     to_host,
 )
 from cpnas_jax.runtime.shards import Shards
-from cpnas_jax.steps import Run, steps_until_bad
+from cpnas_jax.steps import Run
 from cpnas_jax.stream_feed import StreamFeed
 from cpnas_jax.train_step import (
     BatchStep,
@@ -77,7 +76,7 @@ def _opened(config: config_dict.ConfigDict) -> Feed:
     )
 
 
-class ResidentFeed:
+class ResidentFeed(Feed):
     """Both splits as uint8 in the memory of every device; many steps run in one call."""
 
     def __init__(self, train: Split, test: Split, test_name: str, shards: Shards) -> None:
@@ -112,23 +111,14 @@ class ResidentFeed:
             replicate(Examples(split.images, split.labels, mean, std)) for split in self._splits
         )
 
-    def program(
-        self,
-        compiled: Compiled,
-        name: Any,
-        settings: StepSettings,
-        step: BatchStep,
-        state: Any,
-        run: Run = steps_until_bad,
-    ) -> Any:
-        """Return the compiled program of any number of steps."""
-        return compiled(
-            name,
-            lambda: pmap_donated(make_resident_call(settings, step, run)),
-            state,
-            self._train,
-            replicate(CALL),
-        )
+    def training_call(self, settings: StepSettings, step: BatchStep, run: Run) -> Any:
+        """Return the function of any number of steps."""
+        return make_resident_call(settings, step, run)
+
+    def like(self, batch_size: int) -> tuple[Any, ...]:
+        """Return the training examples and a call."""
+        del batch_size
+        return self._train, replicate(CALL)
 
     def train(
         self, program: Any, state: TrainState, call: TrainCall

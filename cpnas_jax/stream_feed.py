@@ -14,12 +14,12 @@ from ml_collections import config_dict
 from cpnas_jax import evaluate
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.stream import Stream, placed_ahead
-from cpnas_jax.feed import CALL, Compiled, Facts, passes_of
+from cpnas_jax.feed import CALL, Compiled, Facts, Feed, passes_of
 from cpnas_jax.models.network import NetworkSettings
 from cpnas_jax.runtime import processes, stall
-from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
+from cpnas_jax.runtime.parallel import pmap_kept, replicate, to_host
 from cpnas_jax.runtime.shards import Shards
-from cpnas_jax.steps import Run, steps_until_bad
+from cpnas_jax.steps import Run
 from cpnas_jax.train_step import (
     FAILED,
     BatchStep,
@@ -60,7 +60,7 @@ def _lasting(batches: Generator[tuple[Any, ...], None, None], blank: tuple[Any, 
         yield blank, failed
 
 
-class StreamFeed:
+class StreamFeed(Feed):
     """Batches that are read, decoded and cropped on the host while the devices work."""
 
     def __init__(
@@ -90,24 +90,13 @@ class StreamFeed:
             mean, std = processes.together(self._streams[0].channel_statistics)
         self._statistics = replicate(mean), replicate(std)
 
-    def program(
-        self,
-        compiled: Compiled,
-        name: Any,
-        settings: StepSettings,
-        step: BatchStep,
-        state: Any,
-        run: Run = steps_until_bad,
-    ) -> Any:
-        """Return the compiled program of one step."""
-        return compiled(
-            name,
-            lambda: pmap_donated(make_stream_call(settings, step, run)),
-            state,
-            self._blank(settings.batch_size),
-            replicate(CALL),
-            replicate(_NONE),
-        )
+    def training_call(self, settings: StepSettings, step: BatchStep, run: Run) -> Any:
+        """Return the function of one step."""
+        return make_stream_call(settings, step, run)
+
+    def like(self, batch_size: int) -> tuple[Any, ...]:
+        """Return a batch, a call and that no step is bad."""
+        return self._blank(batch_size), replicate(CALL), replicate(_NONE)
 
     def _blank(self, batch_size: int) -> Examples:
         """Return what a batch looks like, to compile for it."""

@@ -81,7 +81,13 @@ def load_split(
         raise UserError(f"config.dataset.image_size={image_size} must be at least 1, or None")
     prepared = open_set(name, data_dir)
     undecodable = Undecodable(prepared, split, max_undecodable)
-    encoded, labels, rows = records.read_examples(prepared, split, undecodable.note)
+    try:
+        encoded, labels, rows = records.read_examples(prepared, split, undecodable.note)
+    except MemoryError as error:
+        raise UserError(
+            f"the records of split {split!r} in {prepared.directory} do not fit into memory; a "
+            "training reads them by and by with config.dataset.stream=True"
+        ) from error
 
     def failed(position: int, error: Exception) -> None:
         undecodable.note(rows[position], records.one_line(error))

@@ -229,6 +229,8 @@ def read_examples(
                 if isinstance(record, Exception):
                     raise record
                 image, label = parse_example(record, prepared.image_key, prepared.label_key)
+            except MemoryError:
+                raise
             # array_record, protobuf and tfds each have their own ways of failing.
             except Exception as error:
                 failed(row, one_line(error))
@@ -246,6 +248,8 @@ def _records(source: Any, keys: Sequence[int]) -> Iterable[bytes | Exception]:
     """Return records at once, or where one cannot be read, one by one with the errors of those."""
     try:
         return source.__getitems__(keys)
+    except MemoryError:
+        raise
     except Exception:
         return map(functools.partial(_record, source), keys)
 

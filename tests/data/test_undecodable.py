@@ -12,7 +12,7 @@ import stand_in
 from spoiling import spoil
 from stream_cases import SIZE, STEPS, assert_same, evaluation, refusal, training
 
-from cpnas_jax.data import datasets, stream, views
+from cpnas_jax.data import datasets, records, stream, views
 
 # One by itself, two that follow each other, and the last, whose substitute is the first.
 BAD = (7, 20, 21, photos.TRAIN - 1)
@@ -34,6 +34,17 @@ def root(sound, tmp_path_factory):
     spoil(directory / "photos/1.0.0", "train", BAD)
     spoil(directory / "photos/1.0.0", "validation", BAD_VALIDATION)
     return directory
+
+
+@pytest.mark.parametrize("name", ["parse_example", "_records"])
+def test_a_lack_of_memory_is_no_damage(sound, monkeypatch, name):
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(records, name, exhausted)
+    message = refusal(lambda: datasets.load_split("photos", "train", sound, SIZE, 1000))
+    assert "the records of split 'train' in " in message
+    assert "do not fit into memory" in message
 
 
 def opened(root, split="train", limit=4):

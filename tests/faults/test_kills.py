@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 
+import attempts
 import kills as script
 import pytest
 
@@ -103,7 +104,7 @@ def test_a_stopped_run_with_another_status_is_seen(killed):
 
 
 def test_a_process_that_is_left_is_seen_and_ended(killed, monkeypatch):
-    monkeypatch.setattr(script, "LINGERING", 0.2)
+    monkeypatch.setattr(attempts, "LINGERING", 0.2)
     result, _ = killed("leaves a child")
     assert not result["bitwise_equal"]
     assert "processes are left" in result["failures"][0]

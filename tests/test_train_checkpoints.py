@@ -18,7 +18,8 @@ from one_cell import (
 )
 
 from cpnas_jax import modes
-from cpnas_jax.runtime.checkpoints import Checkpoints, digest
+from cpnas_jax.runtime.checkpoints import Checkpoints
+from cpnas_jax.runtime.packing import digest
 from cpnas_jax.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

@@ -24,6 +24,7 @@ from etils import epath
 
 from cpnas_jax.runtime import processes, stall
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.packing import digest, packed, shapes, unpacked
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -68,16 +69,6 @@ def silence_orphans() -> None:
             usual_unraisable(raised)
 
     sys.excepthook, sys.unraisablehook = hook, unraisable
-
-
-def digest(state: Any) -> str:
-    """Return the SHA-256 of a tree's structure, dtypes, shapes and bytes."""
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        array = np.asarray(leaf)
-        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape};".encode())
-        sha.update(np.ascontiguousarray(array).tobytes())
-    return sha.hexdigest()
 
 
 def _record_digest(record: dict[str, Any]) -> str:
@@ -149,11 +140,14 @@ class Checkpoints:
 
     def _save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         host = jax.tree.map(np.asarray, state)
-        # Leaves by position: optimizer states are tuples of types that a file need not know.
-        leaves = {f"leaf{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(host))}
-        checks = {"step": step, "digest": digest(host), "record_digest": _record_digest(record)}
+        checks = {
+            "step": step,
+            "digest": digest(host),
+            "shapes": shapes(host),
+            "record_digest": _record_digest(record),
+        }
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(leaves),
+            state=ocp.args.StandardSave(packed(jax.tree.leaves(host))),
             record=ocp.args.JsonSave({**checks, "record": record}),
         )
         with self._writing():
@@ -292,8 +286,8 @@ class Checkpoints:
         if steps:
             self._manager.reload()
 
-    def _record(self, step: int, config_hash: str | None) -> tuple[dict[str, Any], str]:
-        """Return the record and the arrays' digest; before the arrays, whose shapes it explains."""
+    def _record(self, step: int, config_hash: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the record and what the arrays must be; before them, whose shapes it explains."""
         found = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
         record, checks = found["record"]["record"], found["record"]
         if _record_digest(record) != checks["record_digest"]:
@@ -307,29 +301,22 @@ class Checkpoints:
                 f"{record['config_hash']!r}, here {config_hash!r}); use its config or another "
                 "--workdir"
             )
-        return record, checks["digest"]
+        return record, checks
 
     def _restore(self, step: int, like: Any, config_hash: str | None) -> Restored:
-        record, expected = self._record(step, config_hash)
-        leaves, structure = jax.tree.flatten(like)
-        template = {
-            f"leaf{i:05d}": np.zeros(np.shape(leaf), np.asarray(leaf).dtype)
-            for i, leaf in enumerate(leaves)
-        }
+        record, checks = self._record(step, config_hash)
+        leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, like))
+        if checks.get("shapes") != shapes(leaves):
+            raise ValueError(
+                "its arrays have other dtypes or shapes than this run's; another version of "
+                "cpnas_jax may have written it"
+            )
         found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(template)),
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(packed(leaves)))
         )
-        state = jax.tree.unflatten(structure, [np.asarray(found["state"][k]) for k in template])
-        if digest(state) != expected:
-            raise ValueError(f"its arrays do not have the digest {expected} that was saved")
-        # Orbax takes the stored shapes, whatever the template says.
-        for name, leaf in zip(template, jax.tree.leaves(state), strict=True):
-            if leaf.shape != template[name].shape:
-                raise ValueError(
-                    f"an array has the shape {leaf.shape}, not {template[name].shape}; "
-                    "another version of cpnas_jax may have written it"
-                )
+        state = jax.tree.unflatten(structure, unpacked(found["state"], leaves))
+        if digest(state) != checks["digest"]:
+            raise ValueError(f"its arrays do not have the digest {checks['digest']} that was saved")
         return Restored(step, state, record)
 
     @contextlib.contextmanager

@@ -6,13 +6,15 @@ import shutil
 import typing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
 from cpnas_jax.runtime import stall
-from cpnas_jax.runtime.checkpoints import Checkpoints, digest
+from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.packing import digest, packed, unpacked
 
 
 class Moments(typing.NamedTuple):
@@ -278,11 +280,33 @@ def test_none_readable_is_an_error_in_one_line(saved):
     assert "\n" not in text
 
 
-def test_another_shape_is_not_taken(saved):
+@pytest.mark.parametrize(
+    "kernel", [np.zeros((50, 40), np.float32), np.zeros((40, 50), np.int32)], ids=["shape", "dtype"]
+)
+def test_another_shape_or_dtype_is_not_taken(saved, kernel):
     like = tree(0)
-    like["params"]["kernel"] = np.zeros((50, 40), np.float32)
-    with pytest.raises(UserError, match="no checkpoint"):
+    like["params"]["kernel"] = kernel
+    with pytest.raises(UserError, match=r"no checkpoint.*other dtypes or shapes"):
         restore(saved, like)
+
+
+def test_leaves_are_stored_as_one_vector_for_each_dtype():
+    leaves = [
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.arange(4, dtype=np.uint32)[::2],
+        np.float32(7),
+        np.zeros((0, 5), np.float32),
+        np.asarray([1, 2], jnp.bfloat16),
+    ]
+    vectors = packed(leaves)
+    assert {name: vector.tolist() for name, vector in vectors.items()} == {
+        "float32": [0, 1, 2, 3, 4, 5, 7],
+        "uint32": [0, 2],
+        "bfloat16": [1, 2],
+    }
+    for again, leaf in zip(unpacked(vectors, leaves), leaves, strict=True):
+        assert (again.dtype, again.shape) == (leaf.dtype, leaf.shape)
+        np.testing.assert_array_equal(again, leaf)
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):

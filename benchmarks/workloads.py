@@ -22,7 +22,7 @@ from cpnas_jax.architecture.sampling import SHAPE
 from cpnas_jax.data.datasets import Split
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.feed import Facts
-from cpnas_jax.path_optimizer import CHILD
+from cpnas_jax.models.space import CHILD
 from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.train_step import TrainCall, make_batch_step, make_stream_call
 

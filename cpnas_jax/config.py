@@ -14,9 +14,9 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from cpnas_jax.architecture.sampling import num_paths
+from cpnas_jax.architecture.sampling import num_paths, num_sampled_epochs
 from cpnas_jax.config_rules import MODES, RULES
-from cpnas_jax.models.space import OPERATIONS
+from cpnas_jax.models.space import MODELS, OPERATIONS
 from cpnas_jax.runtime.errors import UserError
 
 PLUS = ("residual", "prelu", "first_norm")
@@ -51,7 +51,10 @@ def base_config() -> config_dict.ConfigDict:
     dataset.central_crop = 0.875  # share of a side that a stream's evaluation keeps [kin]
 
     config.search = search = config_dict.ConfigDict()
-    search.strategy = "cp"  # Algorithm 9 [paper]
+    # cp: Algorithm 9 [paper]; child: by the child alone, beta_P = 0 [paper: BNAS]; random: an
+    # architecture drawn at random; random_search: the best of `candidates` at cp's cost [ours]
+    search.strategy = "cp"
+    search.candidates = 7  # of random_search [ours]
     # data: the devices share each batch [paper: one device]; path: each group of devices trains
     # another architecture of a round at the same time, see docs/devices.md [ours]
     search.parallel = "data"
@@ -339,6 +342,17 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
         raise UserError(
             f"config.network.channels is {config.network.channels}; with "
             "config.network.stem=imagenet it must be at least 2"
+        )
+    if search.parallel == "path" and search.strategy not in ("cp", "child"):
+        raise UserError(
+            f"config.search.parallel is 'path'; with config.search.strategy={search.strategy} it "
+            "must be 'data': only the architectures of cp and child share no operation in a round"
+        )
+    most = len(MODELS) * num_sampled_epochs(search.rounds, len(search.operations))
+    if search.strategy == "random_search" and search.candidates > most:
+        raise UserError(
+            f"config.search.candidates is {search.candidates}; it must be at most {most}, the "
+            f"epochs that the search has with config.search.rounds={search.rounds}"
         )
     searched = ("search.batch_size", "search.score_batch_size")
     trained = ("train.batch_size", "evaluate.batch_size")

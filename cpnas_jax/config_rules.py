@@ -16,7 +16,7 @@ from cpnas_jax.runtime.errors import UserError
 
 MODES = ("pipeline", "search", "train", "evaluate", "summary")
 OPTIMIZERS = ("sgd", "adam")
-STRATEGIES = ("cp",)
+STRATEGIES = ("cp", "child", "random", "random_search")
 PARALLEL = ("data", "path")
 PRECISIONS = ("binary", "float")
 
@@ -123,6 +123,7 @@ RULES = {
     "runtime.checkpoint_every": _integer(0),
     "runtime.stall_seconds": _number(0),
     "search.strategy": _one_of(STRATEGIES),
+    "search.candidates": _integer(1),
     "search.parallel": _one_of(PARALLEL),
     # Beyond, float32 alpha could not be checked against eq. 4.16 with any sense.
     "search.beta_p": _number(-100, 100),

@@ -160,11 +160,14 @@ def draw_accuracies(
     axes = figure.add_subplot()
     epochs = range(1, len(samples) + 1)
     for values, colour, name in (
-        ([100 * event.parent_accuracy for event in samples], _PARENT, "parent (float), $A_P$"),
-        ([100 * event.child_accuracy for event in samples], _CHILD, "child (1-bit), $A_C$"),
+        ([event.parent_accuracy for event in samples], _PARENT, "parent (float), $A_P$"),
+        ([event.child_accuracy for event in samples], _CHILD, "child (1-bit), $A_C$"),
     ):
+        known = [100 * value for value in values if value is not None]
+        if not known:
+            continue
         marker = "o" if len(samples) <= 150 else ""
-        axes.plot(epochs, values, color=colour, lw=1.6, marker=marker, ms=3, label=name)
+        axes.plot(epochs, known, color=colour, lw=1.6, marker=marker, ms=3, label=name)
     _mark_stages(axes, [event.stage for event in samples])
     axes.set_xlim(0.5, len(samples) + 0.5)
     axes.set_xlabel("sampled epoch")

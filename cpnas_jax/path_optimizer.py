@@ -16,9 +16,7 @@ import optax
 from jax import lax
 
 from cpnas_jax.models.edges import EDGE_GROUPS, Params
-from cpnas_jax.models.space import CELL_TYPES, OPERATIONS
-
-CHILD, PARENT = "child", "parent"
+from cpnas_jax.models.space import CELL_TYPES, CHILD, OPERATIONS, PARENT
 
 
 @dataclasses.dataclass(frozen=True)

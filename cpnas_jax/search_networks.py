@@ -1,6 +1,5 @@
 """The child and the parent supernet on the devices: their state, programs, training and scoring."""
 
-import dataclasses
 import functools
 import time
 from typing import Any
@@ -18,8 +17,8 @@ from cpnas_jax.diagnosis import NotFinite, explained, once
 from cpnas_jax.models import supernet
 from cpnas_jax.models.binarize import Binarizer
 from cpnas_jax.models.operations import OperationSettings
-from cpnas_jax.models.space import OPERATIONS
-from cpnas_jax.path_optimizer import CHILD, PARENT, OptimizerSettings, PathOptimizer
+from cpnas_jax.models.space import CHILD, MODELS, OPERATIONS
+from cpnas_jax.path_optimizer import OptimizerSettings, PathOptimizer
 from cpnas_jax.runtime import environment, processes
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import stop_wished
@@ -35,6 +34,7 @@ from cpnas_jax.runtime.parallel import (
 )
 from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.search_diagnosis import bad_layer
+from cpnas_jax.search_state import EpochSums
 from cpnas_jax.search_step import (
     Call,
     ModelState,
@@ -43,8 +43,6 @@ from cpnas_jax.search_step import (
     make_score_call,
     make_train_call,
 )
-
-MODELS = (CHILD, PARENT)
 
 
 def supernet_settings(
@@ -71,24 +69,6 @@ _KNOBS = (
     "config.search.channels, config.search.cells, config.search.batch_size, the number of "
     "config.search.reductions or the size of the images, or use more devices"
 )
-
-
-@dataclasses.dataclass
-class EpochSums:
-    """What the steps of one model in a sampled epoch gave, as far as they are done.
-
-    Attributes:
-        steps: how many.
-        loss: sum of the steps' mean losses.
-    """
-
-    steps: int = 0
-    loss: float = 0.0
-
-    @property
-    def mean_loss(self) -> float:
-        """Return the mean over the steps."""
-        return self.loss / self.steps
 
 
 def _check_sizes(
@@ -120,6 +100,7 @@ class Networks:
         validation: Split,
         sampled_epochs: int,
         started: float,
+        models: tuple[str, ...] = MODELS,
     ) -> None:
         """Place the data on the devices; nothing is compiled yet.
 
@@ -127,8 +108,9 @@ class Networks:
             config: validated.
             train: training part.
             validation: scoring part.
-            sampled_epochs: of the whole search.
+            sampled_epochs: after which the learning rate has come to 0; it begins anew then.
             started: `time.monotonic()` when the run began, for the time to the first step.
+            models: those that are trained.
 
         Raises:
             UserError: sizes of the config that the data or the memory do not allow.
@@ -150,6 +132,7 @@ class Networks:
         self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
         self._settings = supernet_settings(config, train.num_classes, self._shards)
         self._image_shape = train.images.shape[1:]
+        self._models, self._schedule = models, sampled_epochs
         total_steps = sampled_epochs * self.steps_per_epoch
         self._optimizer = PathOptimizer(
             OptimizerSettings(
@@ -197,16 +180,21 @@ class Networks:
             jax.eval_shape(lambda: jax.random.key(0)),
         )
         weights = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
-        # Weights and momentum of both models, gradients of one.
-        needed = (2 * len(MODELS) + 1) * weights
+        # Weights and momentum of all models, gradients of one.
+        needed = (2 * len(self._models) + 1) * weights
         check_memory({"weights and optimizers": needed}, _KNOBS)
 
-    def initial_state(self) -> dict[str, ModelState]:
-        """Return the state of both models before the first epoch, in host memory."""
+    def initial_state(self, draw: int = 0) -> dict[str, ModelState]:
+        """Return the state of the models before the first epoch, in host memory.
+
+        Args:
+            draw: number of the draw; another one gives other weights.
+        """
         key = jax.random.key(self._seed)
         return {
-            name: jax.device_get(self._init(weights_key(key, number)))
+            name: jax.device_get(self._init(weights_key(key, draw * len(MODELS) + number)))
             for number, name in enumerate(MODELS)
+            if name in self._models
         }
 
     def _initial_model(self, key: jax.Array) -> ModelState:
@@ -214,12 +202,12 @@ class Networks:
         return ModelState(params, self._optimizer.init(params))
 
     def load(self, states: dict[str, ModelState]) -> None:
-        """Put the state of both models on the devices."""
-        self._states = {name: replicate(states[name]) for name in MODELS}
+        """Put the state of the models on the devices."""
+        self._states = {name: replicate(states[name]) for name in self._models}
 
     def host_state(self) -> dict[str, ModelState]:
-        """Return the state of both models as numpy arrays."""
-        return {name: to_host(self._states[name]) for name in MODELS}
+        """Return the state of the models as numpy arrays."""
+        return {name: to_host(self._states[name]) for name in self._models}
 
     def compile(self) -> None:
         """Compile the training program; that of scoring follows at its first use.
@@ -263,7 +251,7 @@ class Networks:
                 active=np.asarray(active, np.float32),
                 binary=np.asarray(model == CHILD),
                 epoch=np.asarray(epoch + group, np.int32),
-                rate_epoch=np.asarray(epoch, np.int32),
+                rate_epoch=np.asarray(epoch % self._schedule, np.int32),
                 first_step=np.asarray(first_step, np.int32),
                 num_steps=np.asarray(num_steps, np.int32),
                 stop=np.asarray(stop, np.int32),

@@ -5,9 +5,23 @@ from typing import Any
 
 import numpy as np
 
-from cpnas_jax.architecture.alpha import restart
-from cpnas_jax.architecture.sampling import all_survivors
-from cpnas_jax.search_networks import MODELS, EpochSums
+
+@dataclasses.dataclass
+class EpochSums:
+    """What the steps of one model in a sampled epoch gave, as far as they are done.
+
+    Attributes:
+        steps: how many.
+        loss: sum of the steps' mean losses.
+    """
+
+    steps: int = 0
+    loss: float = 0.0
+
+    @property
+    def mean_loss(self) -> float:
+        """Return the mean over the steps."""
+        return self.loss / self.steps
 
 
 @dataclasses.dataclass
@@ -48,13 +62,13 @@ class Underway:
         sums = {model: EpochSums(**values) for model, values in record["sums"].items()}
         return cls(sums, record["accuracies"], record["seconds"])
 
-    def next_model(self) -> str:
-        """Return the model that is trained, or to be scored."""
-        return MODELS[len(self.accuracies)]
+    def next_model(self, models: tuple[str, ...]) -> str:
+        """Return the one of a search's models that is trained, or to be scored."""
+        return models[len(self.accuracies)]
 
-    def own_sums(self) -> EpochSums:
-        """Return the sums of `next_model`."""
-        return self.sums.setdefault(self.next_model(), EpochSums())
+    def own_sums(self, model: str) -> EpochSums:
+        """Return the sums of a model."""
+        return self.sums.setdefault(model, EpochSums())
 
 
 @dataclasses.dataclass
@@ -67,11 +81,6 @@ class Progress:
     alpha_state: Any
     underway: Underway = dataclasses.field(default_factory=Underway)
 
-    @classmethod
-    def start(cls, operations: tuple[str, ...]) -> "Progress":
-        """Stand before the first stage."""
-        return cls(Position(len(operations)), all_survivors(operations), *restart())
-
     def arrays(self) -> dict[str, Any]:
         """Return what a checkpoint stores beside the networks."""
         return {
@@ -80,9 +89,15 @@ class Progress:
             "alpha_state": self.alpha_state,
         }
 
-    def number(self, steps_per_epoch: int) -> int:
-        """Return the number of a checkpoint made now; it grows with every step."""
-        trained = len(MODELS) * self.position.epoch + len(self.underway.accuracies)
+    def number(self, steps_per_epoch: int, num_models: int) -> int:
+        """Return the number of a checkpoint made now; it grows with every step.
+
+        Args:
+            steps_per_epoch: of each model.
+            num_models: that are trained one after the other.
+        """
+        trained = num_models * self.position.epoch + len(self.underway.accuracies)
         # One more than the steps: all steps done is not yet the next model begun.
         number = trained * (steps_per_epoch + 1)
-        return number + (self.underway.own_sums().steps if self.underway.sums else 0)
+        under_way = list(self.underway.sums.values())[len(self.underway.accuracies) :]
+        return number + sum(sums.steps for sums in under_way)

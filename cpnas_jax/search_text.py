@@ -5,8 +5,9 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from cpnas_jax.architecture.strategy import Strategy
 from cpnas_jax.data.datasets import Split
-from cpnas_jax.models.space import CELL_TYPES, EDGES
+from cpnas_jax.models.space import CELL_TYPES, EDGES, PARENT
 from cpnas_jax.runtime.environment import devices_text
 from cpnas_jax.search_networks import Networks
 
@@ -15,7 +16,7 @@ def plan_text(
     config: config_dict.ConfigDict,
     train: Split,
     validation: Split,
-    sampled_epochs: int,
+    strategy: Strategy,
     networks: Networks,
 ) -> str:
     """Say what will happen, in a few lines."""
@@ -41,12 +42,23 @@ def plan_text(
             f"Supernet: {search.cells} cells (reductions at "
             f"{', '.join(map(str, search.reductions)) or 'none'}), C {search.channels}, "
             f"{len(search.operations)} operations on each of 28 edges; "
-            f"child 1-bit, parent float.",
-            f"{sampled_epochs} sampled epochs (T = {search.rounds}, beta_P = {search.beta_p:g}), "
-            f"each of {networks.steps_per_epoch} steps of the child and as many of the parent.",
+            f"child 1-bit{', parent float' if PARENT in strategy.models else ''}.",
+            f"{strategy.total} sampled epochs ({strategy.describe()}), "
+            f"each of {networks.steps_per_epoch} steps of the "
+            + " and as many of the ".join(strategy.models)
+            + ".",
             groups + devices_text(search.batch_size * together),
         ]
     )
+
+
+def decision_text(line: dict[str, Any]) -> str:
+    """Say what the end of a stage decided, from its line of the history."""
+    if line["event"] == "stage":
+        return stage_text(line)
+    accuracy = line["child_accuracy"]
+    reason = "drawn at random" if accuracy is None else f"the best of all, accuracy {accuracy:.3f}"
+    return f"Candidate {line['candidate']} is chosen, {reason}."
 
 
 def stage_text(line: dict[str, Any]) -> str:

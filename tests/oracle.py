@@ -9,8 +9,7 @@ from cpnas_jax import config as configs
 from cpnas_jax import search as search_module
 from cpnas_jax.architecture.events import parse_history
 from cpnas_jax.data.datasets import Split
-from cpnas_jax.models.space import OPERATIONS
-from cpnas_jax.path_optimizer import CHILD, PARENT
+from cpnas_jax.models.space import OPERATIONS, PARENT
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.interruptions import stop_wished
 from cpnas_jax.search import search
@@ -42,16 +41,17 @@ class Oracle:
     first_step_seconds = 1.0
     worth = np.linspace(0.1, 0.8, len(OPERATIONS))
 
-    def __init__(self, config, train, validation, total, started):
+    def __init__(self, config, train, validation, total, started, models):
         del started
+        self.models = models
         self.requests, self.total = [], total
         self.parts = (len(train.labels), len(validation.labels))
         self.compile_seconds = {"train": 0.0, "score": 0.0}
         self.batch = config.search.batch_size
         Oracle.last = self
 
-    def initial_state(self):
-        return {name: {"weights": np.zeros(2, np.float32)} for name in (CHILD, PARENT)}
+    def initial_state(self, draw=0):
+        return {name: {"weights": np.full(2, draw, np.float32)} for name in self.models}
 
     def load(self, states):
         self.states = states

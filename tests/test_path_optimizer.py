@@ -10,7 +10,8 @@ import pytest
 from draws import random_architecture
 from path_cases import OPTIMIZER, compiled_update, random_like, sampled_tree, shapes
 
-from cpnas_jax.path_optimizer import CHILD, PARENT, PathOptimizer
+from cpnas_jax.models.space import CHILD, PARENT
+from cpnas_jax.path_optimizer import PathOptimizer
 
 
 class NumpyOptimizer:

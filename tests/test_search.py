@@ -20,6 +20,7 @@ from cpnas_jax import config as configs
 from cpnas_jax.architecture.events import parse_history
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.replay import replay
+from cpnas_jax.architecture.strategy import ChildParent
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.search import search
@@ -92,13 +93,8 @@ def test_the_files_hold_what_scripts_rely_on(undisturbed):
     stages = [line for line in lines if line["event"] == "stage"]
     assert [line["stage"] for line in stages] == [3, 2]
     assert set(stages[0]) == {"event", "stage", "indicator", "dropped"}
-    checked = replay(
-        lines,
-        seed=0,
-        rounds=1,
-        beta_p=2.0,
-        operations=("none", "skip_connect", "sep_conv_3x3"),
-    )
+    operations = ("none", "skip_connect", "sep_conv_3x3")
+    checked = replay(lines, ChildParent(seed=0, rounds=1, beta_p=2.0, operations=operations))
     genotype = Genotype.load(workdir / "genotype.json")
     results = json.loads((workdir / "results.json").read_text())["search"]
     # Every edge is what the log leaves, except those that are told to be restored.

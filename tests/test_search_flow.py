@@ -13,9 +13,9 @@ from cpnas_jax import config as configs
 from cpnas_jax import search as search_module
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.replay import replay
+from cpnas_jax.architecture.strategy import ChildParent
 from cpnas_jax.diagnosis import NotFinite
-from cpnas_jax.models.space import OPERATIONS
-from cpnas_jax.path_optimizer import CHILD, PARENT
+from cpnas_jax.models.space import CHILD, OPERATIONS, PARENT
 from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
@@ -67,7 +67,9 @@ def test_a_dead_node_is_restored_aloud_and_on_record(monkeypatch, tmp_path):
     operations = ("none", "skip_connect", "sep_conv_3x3")
     genotype, said = run(monkeypatch, tmp_path, LikesNothing, operations=operations, rounds=4)
     restored = json.loads((tmp_path / "results.json").read_text())["search"]["restored"]
-    checked = replay(log_of(tmp_path), seed=0, rounds=4, beta_p=2.0, operations=operations)
+    checked = replay(
+        log_of(tmp_path), ChildParent(seed=0, rounds=4, beta_p=2.0, operations=operations)
+    )
     differing = int((genotype.architecture() != checked.operations).sum())
     assert len(restored) == differing > 0
     for line in restored:

@@ -10,7 +10,7 @@ import pytest
 from cpnas_jax import config as configs
 from cpnas_jax.architecture.sampling import SHAPE
 from cpnas_jax.data.datasets import Split
-from cpnas_jax.path_optimizer import CHILD
+from cpnas_jax.models.space import CHILD
 from cpnas_jax.search_networks import Networks
 
 CLASSES = 5

@@ -8,8 +8,7 @@ from injected import with_value
 
 from cpnas_jax import config as configs
 from cpnas_jax.data.datasets import Split
-from cpnas_jax.models.space import EDGES, OPERATIONS
-from cpnas_jax.path_optimizer import CHILD, PARENT
+from cpnas_jax.models.space import CHILD, EDGES, OPERATIONS, PARENT
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.search_networks import EpochSums, Networks
 

@@ -11,8 +11,8 @@ from path_cases import NETWORK, OPTIMIZER, random_like, sampled_matrices, sample
 from cpnas_jax.architecture.sampling import all_survivors, num_paths, stage_permutations
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.models.operations import OperationSettings
-from cpnas_jax.models.space import OPERATIONS
-from cpnas_jax.path_optimizer import CHILD, PARENT, PathOptimizer
+from cpnas_jax.models.space import CHILD, OPERATIONS, PARENT
+from cpnas_jax.path_optimizer import PathOptimizer
 from cpnas_jax.runtime.parallel import AXIS, Program, pmap_donated, pmap_kept, replicate
 from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.search_step import (

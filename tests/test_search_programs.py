@@ -11,7 +11,7 @@ from rich.console import Console
 from cpnas_jax import config as configs
 from cpnas_jax import main, search_networks, search_results
 from cpnas_jax import search as search_module
-from cpnas_jax.path_optimizer import CHILD, PARENT
+from cpnas_jax.models.space import CHILD, PARENT
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.search import search
 from cpnas_jax.search_networks import Networks

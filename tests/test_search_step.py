@@ -25,7 +25,8 @@ from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import step_key
 from cpnas_jax.models import supernet
 from cpnas_jax.models.draws import position_draws
-from cpnas_jax.path_optimizer import CHILD, PARENT, PathOptimizer
+from cpnas_jax.models.space import CHILD, PARENT
+from cpnas_jax.path_optimizer import PathOptimizer
 from cpnas_jax.runtime.parallel import pmap_donated, pmap_kept, replicate, to_host
 from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.search_step import (

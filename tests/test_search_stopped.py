@@ -9,7 +9,8 @@ import pytest
 from oracle import FIVE, TOTAL, Oracle, log_of, replace_data, run
 
 from cpnas_jax.architecture.replay import replay
-from cpnas_jax.path_optimizer import CHILD, PARENT
+from cpnas_jax.architecture.strategy import ChildParent
+from cpnas_jax.models.space import CHILD, PARENT
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import Stopped, handled, stop_wished
 
@@ -85,7 +86,7 @@ def test_waves_of_a_round_are_credited_in_its_order(monkeypatch, tmp_path):
     genotype, said = run(monkeypatch, tmp_path, Together)
     lines = log_of(tmp_path)
     # Whatever is trained together, the log is that of an Algorithm 9: it can be replayed.
-    checked = replay(lines, seed=0, rounds=1, beta_p=2.0, operations=FIVE)
+    checked = replay(lines, ChildParent(seed=0, rounds=1, beta_p=2.0, operations=FIVE))
     np.testing.assert_array_equal(genotype.architecture(), checked.operations)
     assert "Up to 3 architectures of a round are trained at the same time" in said
     requests = Together.last.requests

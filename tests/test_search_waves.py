@@ -13,8 +13,7 @@ from cpnas_jax import search as search_module
 from cpnas_jax import search_networks
 from cpnas_jax.data.datasets import Split
 from cpnas_jax.diagnosis import NotFinite
-from cpnas_jax.models.space import OPERATIONS
-from cpnas_jax.path_optimizer import PARENT
+from cpnas_jax.models.space import OPERATIONS, PARENT
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.interruptions import Stopped
 from cpnas_jax.search import search

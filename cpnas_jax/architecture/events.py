@@ -23,8 +23,8 @@ class SampleEvent:
         sample: s, counted from 1.
         architecture: int32[2, 14].
         child_accuracy: A_C in [0, 1].
-        parent_accuracy: A_P in [0, 1].
-        z: the score of eq. 4.15.
+        parent_accuracy: A_P in [0, 1]; None where no parent is trained.
+        z: the score, that of eq. 4.15 in CP-NAS.
         seconds: duration of the epoch.
     """
 
@@ -33,7 +33,7 @@ class SampleEvent:
     sample: int
     architecture: np.ndarray
     child_accuracy: float
-    parent_accuracy: float
+    parent_accuracy: float | None
     z: float
     seconds: float
 
@@ -55,7 +55,24 @@ class StageEvent:
     dropped: np.ndarray
 
 
-Event = SampleEvent | StageEvent
+@dataclasses.dataclass(frozen=True)
+class ChoiceEvent:
+    """The end of a search that chose among architectures drawn at random.
+
+    Attributes:
+        stage: K, the operations that every edge had to choose from.
+        candidate: number of the chosen one, from 1.
+        architecture: int32[2, 14].
+        child_accuracy: A_C in [0, 1] that it was chosen by; None where nothing was trained.
+    """
+
+    stage: int
+    candidate: int
+    architecture: np.ndarray
+    child_accuracy: float | None
+
+
+Event = SampleEvent | StageEvent | ChoiceEvent
 
 
 def sample_line(
@@ -65,7 +82,7 @@ def sample_line(
     sample: int,
     architecture: np.ndarray,
     child_accuracy: float,
-    parent_accuracy: float,
+    parent_accuracy: float | None,
     z: float,
     seconds: float,
 ) -> dict[str, Any]:
@@ -77,7 +94,7 @@ def sample_line(
         "sample": int(sample),
         "architecture": operation_names(architecture),
         "child_accuracy": float(child_accuracy),
-        "parent_accuracy": float(parent_accuracy),
+        "parent_accuracy": None if parent_accuracy is None else float(parent_accuracy),
         "z": float(z),
         "seconds": float(seconds),
     }
@@ -109,8 +126,21 @@ def stage_line(
     }
 
 
+def choice_line(
+    *, stage: int, candidate: int, architecture: np.ndarray, child_accuracy: float | None
+) -> dict[str, Any]:
+    """Build the line that ends a random search; arguments as in `ChoiceEvent`."""
+    return {
+        "event": "choice",
+        "stage": int(stage),
+        "candidate": int(candidate),
+        "architecture": operation_names(architecture),
+        "child_accuracy": None if child_accuracy is None else float(child_accuracy),
+    }
+
+
 def parse_line(line: Mapping[str, Any]) -> Event:
-    """Read a line that `sample_line` or `stage_line` built. Further keys are not looked at.
+    """Read a line that a function of this module built. Further keys are not looked at.
 
     Raises:
         ValueError: in one line, with the key, the value and what would be right.
@@ -125,7 +155,7 @@ def parse_line(line: Mapping[str, Any]) -> Event:
             sample=_integer(line, "sample"),
             architecture=_architecture(line, "architecture"),
             child_accuracy=_number(line, "child_accuracy", 0, 1),
-            parent_accuracy=_number(line, "parent_accuracy", 0, 1),
+            parent_accuracy=_number_or_none(line, "parent_accuracy", 0, 1),
             z=_number(line, "z", -math.inf, math.inf),
             seconds=_number(line, "seconds", 0, math.inf),
         )
@@ -137,7 +167,14 @@ def parse_line(line: Mapping[str, Any]) -> Event:
             compared=compared,
             dropped=_architecture(line, "dropped"),
         )
-    raise ValueError(f"event is {shown(event)}; it must be 'sample' or 'stage'")
+    if event == "choice":
+        return ChoiceEvent(
+            stage=_integer(line, "stage"),
+            candidate=_integer(line, "candidate"),
+            architecture=_architecture(line, "architecture"),
+            child_accuracy=_number_or_none(line, "child_accuracy", 0, 1),
+        )
+    raise ValueError(f"event is {shown(event)}; it must be 'sample', 'stage' or 'choice'")
 
 
 def parse_history(text: str, name: str = "history.jsonl") -> Iterator[dict[str, Any]]:
@@ -181,6 +218,10 @@ def _number(line: Mapping[str, Any], key: str, low: float, high: float) -> float
     if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{key} is {shown(value)}; it must be a number in [{low}, {high}]")
     return float(value)
+
+
+def _number_or_none(line: Mapping[str, Any], key: str, low: float, high: float) -> float | None:
+    return None if _require(line, key) is None else _number(line, key, low, high)
 
 
 def _architecture(line: Mapping[str, Any], key: str) -> np.ndarray:

@@ -1,26 +1,16 @@
 """Check of a whole search from its own log: every decision follows from the logged accuracies."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from cpnas_jax.architecture.events import SampleEvent, StageEvent, parse_line
-from cpnas_jax.architecture.indicator import (
-    child_parent_score,
-    drop_worst,
-    final_operations,
-    indicator,
-)
-from cpnas_jax.architecture.sampling import (
-    LAST_STAGE,
-    all_survivors,
-    num_sampled_epochs,
-    operation_names,
-    stage_permutations,
-)
-from cpnas_jax.models.space import CELL_TYPES, EDGES, OPERATIONS
+from cpnas_jax.architecture.events import ChoiceEvent, Event, SampleEvent, StageEvent, parse_line
+from cpnas_jax.architecture.indicator import drop_worst, final_operations, indicator
+from cpnas_jax.architecture.sampling import LAST_STAGE, all_survivors, operation_names
+from cpnas_jax.architecture.strategy import ChildParent, RandomSearch, Strategy
+from cpnas_jax.models.space import CELL_TYPES, CHILD, EDGES, OPERATIONS, PARENT
 from cpnas_jax.runtime.errors import UserError
 
 TOLERANCE = 1e-6
@@ -30,24 +20,26 @@ is float32."""
 
 @dataclasses.dataclass(frozen=True)
 class ReplayResult:
-    """What a consistent log says.
+    """What a consistent log says; what a genotype is derived from.
 
     Attributes:
         stage: K of the stage the log is in; 1 when the search is finished.
         sampled_epochs: how many it holds.
         survivors: bool[2, 14, 8] at the end of the log.
         operations: int32[2, 14], the one left on every edge, or None if unfinished.
-        mean_z: f64[2, 14, 8], mean z in the last stage that was finished, NaN where not compared;
-            None before the first one is.
-        compared: bool[2, 14, 8], the survivors during that stage, or None.
+        worth: f64[2, 14, 8], what edges are ranked by, NaN where not compared: in CP-NAS the mean z
+            of the last stage that was finished; None before there is any.
+        compared: bool[2, 14, 8], the operations that have a worth, or None.
+        indicator: f64[2, 14, 8], e of that stage, or None where the strategy has none.
     """
 
     stage: int
     sampled_epochs: int
     survivors: np.ndarray
     operations: np.ndarray | None
-    mean_z: np.ndarray | None
+    worth: np.ndarray | None
     compared: np.ndarray | None
+    indicator: np.ndarray | None
 
     @property
     def finished(self) -> bool:
@@ -56,80 +48,125 @@ class ReplayResult:
 
 
 class _State:
-    """Where a replay stands: the stage's survivors and the z of its samples so far."""
+    """Where a replay stands: the stage's survivors and its lines so far."""
 
-    def __init__(self, seed: int, rounds: int, beta_p: float, operations: Sequence[str]) -> None:
-        self.seed, self.rounds, self.beta_p = seed, rounds, beta_p
-        self.survivors = all_survivors(operations)
-        self.stage = len(operations)
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.survivors = all_survivors(strategy.operations)
+        self.stage = len(strategy.operations)
         self.sampled_epochs = 0
-        self.mean_z: np.ndarray | None = None
+        self.worth: np.ndarray | None = None
         self.compared: np.ndarray | None = None
+        self.indicator: np.ndarray | None = None
+        self.operations: np.ndarray | None = None
         self._begin_stage()
 
     def _begin_stage(self) -> None:
-        self.position = 0
-        self.sums = np.zeros(self.survivors.shape)
-        self.counts = np.zeros(self.survivors.shape, dtype=np.int64)
+        self.samples: list[SampleEvent] = []
+        self.lines: list[Mapping[str, Any]] = []
+        self.round_index, self.sample = 1, 1
         self.scale = 1.0
-        self.permutations: np.ndarray | None = None
+        self.architectures: np.ndarray | None = None
 
     def expected(self) -> str:
         if self.stage < LAST_STAGE:
             return "no line, as the search is finished"
-        if self.position == self.rounds * self.stage:
-            return f"the stage line of stage {self.stage}"
-        round_index, sample = divmod(self.position, self.stage)
+        if self.round_index > self.strategy.rounds(self.stage):
+            kind = "stage" if isinstance(self.strategy, ChildParent) else "choice"
+            return f"the {kind} line of stage {self.stage}"
         return (
-            f"the sample line of stage {self.stage}, round {round_index + 1}, sample {sample + 1}"
+            f"the sample line of stage {self.stage}, round {self.round_index}, sample {self.sample}"
         )
 
-    def take_sample(self, event: SampleEvent) -> None:
-        found = f"stage {event.stage}, round {event.round_index}, sample {event.sample}"
-        if self.expected() != f"the sample line of {found}":
-            raise ValueError(f"it is the sample line of {found}; expected {self.expected()}")
+    def take(self, event: Event, line: Mapping[str, Any]) -> None:
+        if isinstance(event, SampleEvent):
+            self._take_sample(event, line)
+        elif isinstance(event, StageEvent):
+            self._take_stage(event)
+        else:
+            self._take_choice(event)
+
+    def _require_expected(self, found: str) -> None:
+        if self.expected() != found:
+            raise ValueError(f"it is {found}; expected {self.expected()}")
+
+    def _take_sample(self, event: SampleEvent, line: Mapping[str, Any]) -> None:
+        self._require_expected(
+            f"the sample line of stage {event.stage}, round {event.round_index}, sample "
+            f"{event.sample}"
+        )
         if event.sample == 1:
-            self.permutations = stage_permutations(
-                self.seed, self.stage, event.round_index, self.survivors
-            )
-        assert self.permutations is not None
+            self.architectures = self.strategy.sample(self.stage, event.round_index, self.survivors)
+        assert self.architectures is not None
         _check_equal(
             "architecture",
             event.architecture,
-            self.permutations[event.sample - 1],
-            f"seed {self.seed} gives",
+            self.architectures[event.sample - 1],
+            "by the run's seed it must be",
         )
-        z = child_parent_score(event.child_accuracy, event.parent_accuracy, self.beta_p)
+        accuracies = {CHILD: event.child_accuracy, PARENT: event.parent_accuracy}
+        for model, accuracy in accuracies.items():
+            if (accuracy is not None) != (model in self.strategy.models):
+                raise ValueError(
+                    f"{model}_accuracy is {accuracy}; the {model} is "
+                    f"{'not ' if accuracy is not None else ''}trained by this strategy"
+                )
+        z = self.strategy.score({k: v for k, v in accuracies.items() if v is not None})
         self.scale = max(self.scale, abs(z))
         if abs(event.z - z) > TOLERANCE * self.scale:
-            raise ValueError(
-                f"z is {event.z!r}; by eq. 4.15 with beta_p {self.beta_p:g} it must be {z!r}"
-            )
-        sampled = event.architecture[..., None]
-        for array, value in ((self.sums, event.z), (self.counts, 1)):
-            entries = np.take_along_axis(array, sampled, axis=-1) + value
-            np.put_along_axis(array, sampled, entries, axis=-1)
-        self.position += 1
+            raise ValueError(f"z is {event.z!r}; of these accuracies it must be {z!r}")
+        self.samples.append(event)
+        self.lines.append(line)
         self.sampled_epochs += 1
+        self.sample += 1
+        if self.sample > len(self.architectures):
+            self.round_index, self.sample = self.round_index + 1, 1
 
-    def take_stage(self, event: StageEvent) -> None:
-        found = f"the stage line of stage {event.stage}"
-        if self.expected() != found:
-            raise ValueError(f"it is {found}; expected {self.expected()}")
+    def _take_stage(self, event: StageEvent) -> None:
+        self._require_expected(f"the stage line of stage {event.stage}")
+        sums, counts = np.zeros(self.survivors.shape), np.zeros(self.survivors.shape, np.int64)
+        for sample in self.samples:
+            one_hot = np.eye(len(OPERATIONS), dtype=bool)[sample.architecture]
+            sums[one_hot] += sample.z
+            counts[one_hot] += 1
         # Follows from the permutations that each sample was checked against.
-        assert (self.counts == np.where(self.survivors, self.rounds, 0)).all()
-        mean_z = np.where(self.survivors, self.sums / self.rounds, np.nan)
-        self._check_indicator(event, mean_z)
+        assert (counts == np.where(self.survivors, self.strategy.rounds(self.stage), 0)).all()
+        worth = np.where(self.survivors, sums / np.maximum(counts, 1), np.nan)
+        expected = indicator(dict(zip(CELL_TYPES, worth, strict=True)), self.survivors)
+        self._check_indicator(event, expected)
         # From the logged e, whose last digits may decide between near equals.
         remaining, dropped = drop_worst(event.indicator, self.survivors)
         _check_equal("dropped", event.dropped, dropped, "the smallest indicator is that of")
-        self.mean_z, self.compared = mean_z, self.survivors
+        self.worth, self.compared, self.indicator = worth, self.survivors, expected
+        self._end_stage(remaining)
+
+    def _end_stage(self, remaining: np.ndarray) -> None:
         self.survivors = remaining
-        self.stage -= 1
+        self.stage = int(remaining.sum(axis=-1).max())
+        if self.stage < LAST_STAGE and self.operations is None:
+            self.operations = final_operations(remaining)
         self._begin_stage()
 
-    def _check_indicator(self, event: StageEvent, mean_z: np.ndarray) -> None:
-        expected = indicator(dict(zip(CELL_TYPES, mean_z, strict=True)), self.survivors)
+    def _take_choice(self, event: ChoiceEvent) -> None:
+        self._require_expected(f"the choice line of stage {event.stage}")
+        strategy = self.strategy
+        assert isinstance(strategy, RandomSearch)
+        decision = strategy.decide(self.stage, {}, self.survivors, self.lines)
+        for key, why in (
+            ("candidate", "the highest accuracy after its last epoch is that of"),
+            ("child_accuracy", "after its last epoch it had"),
+        ):
+            if getattr(event, key) != decision.line[key]:
+                raise ValueError(f"{key} is {getattr(event, key)!r}; {why} {decision.line[key]!r}")
+        candidate = strategy.candidate(event.candidate, self.survivors)
+        _check_equal(
+            "architecture", event.architecture, candidate.architecture, "the candidate has"
+        )
+        self.worth = np.where(self.survivors, candidate.values, np.nan)
+        self.compared, self.operations = self.survivors, candidate.drawn
+        self._end_stage(decision.survivors)
+
+    def _check_indicator(self, event: StageEvent, expected: np.ndarray) -> None:
         wrong = (event.compared != self.survivors) | (
             np.abs(event.indicator - expected) > TOLERANCE * self.scale
         )
@@ -147,54 +184,39 @@ class _State:
 
 
 def replay(
-    lines: Iterable[Mapping[str, Any]],
-    *,
-    seed: int,
-    rounds: int,
-    beta_p: float,
-    operations: Sequence[str] = OPERATIONS,
-    name: str = "history.jsonl",
+    lines: Iterable[Mapping[str, Any]], strategy: Strategy, name: str = "history.jsonl"
 ) -> ReplayResult:
-    """Check a CP-NAS search, finished or not, from the lines of its log.
+    """Check a search of sampled paths, finished or not, from the lines of its log.
 
-    Checked: the lines come in the order of Algorithm 9; architectures are those that
-    `stage_permutations` gives, so that every surviving operation of every edge comes up exactly T
-    times a stage; z is eq. 4.15 of the accuracies; the indicator is eq. 4.16 of the mean z; the
-    operation with the smallest indicator is dropped on every edge.
+    Checked: the lines come in the strategy's order; architectures are those that the seed gives, so
+    that in CP-NAS every surviving operation of every edge comes up exactly T times a stage; z is
+    that of the accuracies (eq. 4.15); the indicator is eq. 4.16 of the mean z, and the operation
+    with the smallest one is dropped on every edge; a random search ends with its best candidate.
 
     Args:
-        lines: objects as `events.sample_line` and `events.stage_line` build them; a log that
-            stops anywhere is checked as far as it goes.
-        seed: the run's seed.
-        rounds: T.
-        beta_p: beta_P of eq. 4.15.
-        operations: names that the search started with.
+        lines: objects as the functions of `events` build them; a log that stops anywhere is checked
+            as far as it goes.
+        strategy: that made the log.
         name: what an error calls the log, such as its path.
 
     Raises:
         UserError: at the first inconsistent line, with its number, what it says and what would
             be right.
-        ValueError: if `rounds` is below 1.
     """
-    num_sampled_epochs(rounds)
-    state = _State(seed, rounds, beta_p, operations)
+    state = _State(strategy)
     for number, line in enumerate(lines, start=1):
         try:
-            event = parse_line(line)
-            if isinstance(event, SampleEvent):
-                state.take_sample(event)
-            else:
-                state.take_stage(event)
+            state.take(parse_line(line), line)
         except ValueError as error:
             raise UserError(f"{name}, line {number}: {error}") from error
-    finished = state.stage < LAST_STAGE
     return ReplayResult(
         stage=state.stage,
         sampled_epochs=state.sampled_epochs,
         survivors=state.survivors,
-        operations=final_operations(state.survivors) if finished else None,
-        mean_z=state.mean_z,
+        operations=state.operations,
+        worth=state.worth,
         compared=state.compared,
+        indicator=state.indicator,
     )
 
 

@@ -28,3 +28,8 @@ EDGES = tuple(
 
 NUM_EDGES = len(EDGES)
 NUM_OPERATIONS = len(OPERATIONS)
+
+CHILD, PARENT = "child", "parent"
+"""The two models of an architecture: weights and activations of one bit, and float."""
+
+MODELS = (CHILD, PARENT)

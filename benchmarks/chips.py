@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from costs import Cost
+from cpnas_jax.runtime.costs import Cost
 
 V5E_CLOCK = 1.5e9
 """Hertz: 197 TFLOP/s are those of four units of 128 x 128 at this clock."""

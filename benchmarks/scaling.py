@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from chips import CHIPS, SLICES, V5E_CLOCK, Chip, collective_seconds, roofline_seconds
-from costs import Cost
 from harness import progress
 from tpu_cycles import Case, operation_cost
 from workloads import (
@@ -38,6 +37,7 @@ from workloads import (
 )
 
 from cpnas_jax.models.space import NUM_OPERATIONS
+from cpnas_jax.runtime.costs import Cost
 
 LATENCIES = (5e-6, 30e-6)
 """Seconds of a small all-reduce, which waits for what is before it."""

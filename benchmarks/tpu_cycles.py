@@ -32,11 +32,11 @@ import time
 import jax
 import jax.numpy as jnp
 from chips import CHIPS, V5E_CLOCK, roofline_seconds
-from costs import Cost, program_cost
 from harness import progress
 from jax.experimental import topologies
 
 from cpnas_jax.models.operations import OperationSettings, apply_module, make_operation
+from cpnas_jax.runtime.costs import Cost, program_cost
 
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 CALLS = re.compile(r"calls=%([\w.\-]+)")

@@ -13,7 +13,6 @@ from unittest import mock
 
 import jax
 import numpy as np
-from costs import Cost, program_cost
 from ml_collections import config_dict
 
 from cpnas_jax import search_networks, search_step, train_step, trainer
@@ -23,6 +22,7 @@ from cpnas_jax.data.datasets import Split
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.feed import Facts
 from cpnas_jax.models.space import CHILD
+from cpnas_jax.runtime.costs import Cost, program_cost
 from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.train_step import TrainCall, make_batch_step, make_stream_call
 

@@ -129,6 +129,11 @@ def base_config() -> config_dict.ConfigDict:
     binarizer.weight_scale = "channel"  # mean |H| of each output channel [kin]
     binarizer.pad_value = 0.0  # around the signs: 0 [kin], or +1 for packed inference [ours]
 
+    config.compare = compare = config_dict.ConfigDict()  # all of it [ours]
+    compare.strategies = ("cp", "child", "random_search", "random")  # in this order
+    compare.seeds = (0, 1, 2)  # of searches and trainings
+    compare.beta_p = ()  # cp once for each; empty: for search.beta_p alone
+
     config.runtime = runtime = config_dict.ConfigDict()  # all of it [ours]
     runtime.steps_per_call = 50  # training steps in one call to the device
     runtime.keep_checkpoints = 2  # newest checkpoints kept
@@ -216,6 +221,7 @@ def shrink(config: config_dict.ConfigDict) -> None:
     config.network.update(cells=3, channels=4, separable_repeats=1)
     config.train.update(epochs=2, batch_size=32, evaluate_every=1, warmup_epochs=0)
     config.evaluate.batch_size = 32
+    config.compare.seeds = (0,)
     # Compiling takes longer than the whole run.
     config.runtime.optimization_level = 0
 
@@ -224,9 +230,9 @@ def shrink(config: config_dict.ConfigDict) -> None:
 _OTHERS = {
     "search": (
         *("network.", "train.", "evaluate.", "dataset.cutout", "dataset.color_jitter"),
-        *("dataset.stream", "dataset.crop_area", "dataset.central_crop"),
+        *("dataset.stream", "dataset.crop_area", "dataset.central_crop", "compare."),
     ),
-    "train": ("search.",),
+    "train": ("search.", "compare."),
 }
 # Keys that do not decide a result, bit by bit: another value continues the same run.
 _INDIFFERENT = (
@@ -315,7 +321,7 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
         UserError: the first bad key, its value and what would be right.
     """
     check_values(config)
-    if config.genotype and config.mode in ("search", "pipeline"):
+    if config.genotype and config.mode in ("search", "pipeline", "compare"):
         raise UserError(
             f"config.genotype is {config.genotype!r}; with the mode {config.mode}, which searches "
             "the cells, it must be empty; the mode train takes it"

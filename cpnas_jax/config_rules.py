@@ -14,7 +14,7 @@ from cpnas_jax.models.network import STEMS
 from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.runtime.errors import UserError
 
-MODES = ("pipeline", "search", "train", "evaluate", "summary")
+MODES = ("pipeline", "search", "train", "evaluate", "summary", "compare")
 OPTIMIZERS = ("sgd", "adam")
 STRATEGIES = ("cp", "child", "random", "random_search")
 PARALLEL = ("data", "path")
@@ -56,6 +56,17 @@ def _one_of(values: Any) -> Rule:
 
 def _boolean() -> Rule:
     return Rule(lambda v: isinstance(v, bool), "True or False")
+
+
+def _is_several(value: Any, test: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple) and all(map(test, value)) and len(set(value)) == len(value)
+
+
+def _several_of(values: tuple[str, ...]) -> Rule:
+    return Rule(
+        lambda v: bool(v) and _is_several(v, lambda name: name in values),
+        f"a tuple of different names of {', '.join(values)}",
+    )
 
 
 def _is_operations(value: Any) -> bool:
@@ -154,6 +165,15 @@ RULES = {
     "binarizer.weight_estimator": _one_of(ESTIMATORS),
     "binarizer.weight_scale": _one_of(WEIGHT_SCALES),
     "binarizer.pad_value": _one_of(PAD_VALUES),
+    "compare.strategies": _several_of(STRATEGIES),
+    "compare.seeds": Rule(
+        lambda v: _is_several(v, lambda seed: _is_integer(seed) and 0 <= seed < 2**31) and v,
+        "a tuple of different integers from 0 to 2**31 - 1",
+    ),
+    "compare.beta_p": Rule(
+        lambda v: _is_several(v, lambda beta: _is_number(beta) and abs(beta) <= 100),
+        "a tuple of different numbers from -100 to 100",
+    ),
     "runtime.steps_per_call": _integer(1),
     "runtime.keep_checkpoints": _integer(1),
     "runtime.formulation": _one_of(FORMULATIONS),

@@ -44,9 +44,14 @@ NODE_NAMES = ("c_{k-2}", "c_{k-1}", "0", "1", "2", "3")
 
 _TITLES = {"normal": "Normal cell", "reduce": "Reduction cell"}
 # Okabe and Ito's colours, which differ for colour-blind readers too.
-_COLOURS = {"convolution": "#0072B2", "pooling": "#D55E00", "skip": "#009E73", "none": "#9A9A9A"}
+KIND_COLOURS = {
+    "convolution": "#0072B2",
+    "pooling": "#D55E00",
+    "skip": "#009E73",
+    "none": "#9A9A9A",
+}
 _INK, _PALE = "#333333", "#C4C4C4"
-_CHILD, _PARENT = "#0072B2", "#E69F00"
+CHILD_COLOUR, PARENT_COLOUR = "#0072B2", "#E69F00"
 _SVG_OPTIONS = {"svg.hashsalt": "cpnas_jax", "svg.fonttype": "none"}
 # matplotlib takes the options above from global state only.
 _LOCK = threading.Lock()
@@ -80,7 +85,7 @@ def draw_cells(genotype: Genotype, directory: str | os.PathLike[str]) -> list[pa
     Returns:
         The two paths.
     """
-    return _save(cells_figure(genotype), directory, "cells")
+    return save_figure(cells_figure(genotype), directory, "cells")
 
 
 def cells_figure(genotype: Genotype) -> Figure:
@@ -115,7 +120,7 @@ def cells_figure(genotype: Genotype) -> Figure:
     present = {kind(edge.operation) for _, edges in genotype.cells() for edge in edges}
     handles = [
         Line2D([], [], color=colour, lw=2, ls=_line_style(name), label=name)
-        for name, colour in _COLOURS.items()
+        for name, colour in KIND_COLOURS.items()
         if name in present
     ]
     handles.append(Line2D([], [], color=_PALE, lw=1.4, label="concatenation"))
@@ -160,8 +165,8 @@ def draw_accuracies(
     axes = figure.add_subplot()
     epochs = range(1, len(samples) + 1)
     for values, colour, name in (
-        ([event.parent_accuracy for event in samples], _PARENT, "parent (float), $A_P$"),
-        ([event.child_accuracy for event in samples], _CHILD, "child (1-bit), $A_C$"),
+        ([event.parent_accuracy for event in samples], PARENT_COLOUR, "parent (float), $A_P$"),
+        ([event.child_accuracy for event in samples], CHILD_COLOUR, "child (1-bit), $A_C$"),
     ):
         known = [100 * value for value in values if value is not None]
         if not known:
@@ -176,7 +181,7 @@ def draw_accuracies(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    return _save(figure, directory, "accuracies")
+    return save_figure(figure, directory, "accuracies")
 
 
 def cell_tables(genotype: Genotype) -> str:
@@ -280,7 +285,7 @@ def _draw_edge(axes: Axes, cell: str, edge: Edge, edges: tuple[Edge, ...]) -> No
     t = 0.37 if edge.source == 0 else 0.5
     label = (start + (end - start) * t**2 * (3 - 2 * t), foot + (top - foot) * 4 * t * (1 - t))
     name = kind(edge.operation)
-    patch = _add_arrow(axes, path, _COLOURS[name], _line_style(name), zorder=2)
+    patch = _add_arrow(axes, path, KIND_COLOURS[name], _line_style(name), zorder=2)
     patch.set_gid(f"{cell}-{edge.source}-{edge.target}-{edge.operation}")
     axes.text(
         *label,
@@ -288,7 +293,7 @@ def _draw_edge(axes: Axes, cell: str, edge: Edge, edges: tuple[Edge, ...]) -> No
         ha="center",
         va="center",
         fontsize=9.5,
-        color=_COLOURS[name] if name != "none" else "#6E6E6E",
+        color=KIND_COLOURS[name] if name != "none" else "#6E6E6E",
         bbox={"boxstyle": "round,pad=0.16", "fc": "white", "ec": "none"},
         zorder=4,
     )
@@ -349,7 +354,7 @@ def _svg_options() -> Iterator[None]:
         yield
 
 
-def _save(figure: Figure, directory: str | os.PathLike[str], name: str) -> list[pathlib.Path]:
+def save_figure(figure: Figure, directory: str | os.PathLike[str], name: str) -> list[pathlib.Path]:
     """Write a figure as PNG and SVG; the bytes of the SVG depend on the figure only."""
     paths = []
     for extension, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):

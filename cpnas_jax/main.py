@@ -3,8 +3,8 @@
 python -m cpnas_jax.main --config=FILE[:WORD,...] --workdir=DIR [--config.KEY=VALUE ...]
 
   --config      a file of configs/ and, in any order, what to run (pipeline, search, train,
-                evaluate, summary), the final network's size (small, medium, large), plus (what
-                helps 1-bit networks to train), smoke (shrinks all to a minute)
+                evaluate, summary, compare), the final network's size (small, medium, large), plus
+                (what helps 1-bit networks to train), smoke (shrinks all to a minute)
   --workdir     directory of the run; the same command resumes a run that was stopped or killed
   --config.KEY  any other value of a key, such as --config.search.rounds=1; see cpnas_jax/config.py
 
@@ -32,6 +32,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from cpnas_jax import config as configs
+from cpnas_jax.compare import compare
 from cpnas_jax.modes import evaluate_mode, summary_mode
 from cpnas_jax.pipeline import pipeline
 from cpnas_jax.runtime import environment, interruptions, processes, stall
@@ -47,6 +48,7 @@ _MODES: dict[str, Callable[[config_dict.ConfigDict, str, Reporter], object]] = {
     "evaluate": evaluate_mode,
     "summary": summary_mode,
     "pipeline": pipeline,
+    "compare": compare,
 }
 
 _CONFIG = config_flags.DEFINE_config_file(

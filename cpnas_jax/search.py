@@ -83,11 +83,15 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
     checkpoints = Checkpoints(
         directory.path / "search" / "checkpoints", config.runtime.keep_checkpoints
     )
+    flops = None
     with checkpoints:
         run = SampledRun(config, networks, directory, checkpoints, reporter, undecodable, strategy)
         reporter.say(plan_text(config, train, validation, strategy, networks))
         run.resume_or_start()
         run.go_on()
+        if config.mode == "compare":
+            reporter.log("counting the operations of the programs")
+            flops = networks.flops(run.epoch)
     return finish(
         config,
         directory,
@@ -96,6 +100,7 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         replay(run.history.lines, strategy, str(run.history.path)),
         dataset=train.name,
         skipped=len(undecodable),
+        flops=flops,
     )
 
 
@@ -118,7 +123,7 @@ def _without_training(
     reporter.say(decision_text(decision.line))
     result = replay(history.lines, strategy, str(history.path))
     return finish(
-        config, directory, reporter, history, result, dataset=config.dataset.name, skipped=0
+        config, directory, reporter, history, result, dataset=config.dataset.name, flops=0.0
     )
 
 

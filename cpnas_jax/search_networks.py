@@ -20,6 +20,7 @@ from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.models.space import CHILD, MODELS, OPERATIONS
 from cpnas_jax.path_optimizer import OptimizerSettings, PathOptimizer
 from cpnas_jax.runtime import environment, processes
+from cpnas_jax.runtime.costs import program_cost
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import stop_wished
 from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
@@ -234,6 +235,22 @@ class Networks:
             "data": bytes_a_device(self._examples),
             "training program": self._programs["train"].temporary_bytes(),
         }
+
+    def flops(self, epochs: int) -> float:
+        """Return the operations of a device in so many sampled epochs, counted in the programs.
+
+        Every operation of an edge counts as often as any other, as at the first stage.
+
+        Args:
+            epochs: each trains and scores all models.
+        """
+        call = self._call(CHILD, np.zeros((1, *SHAPE), np.int32), 0, 0, 1)
+        state = self._states[CHILD]
+        # A loop over the steps counts as one of them.
+        step = program_cost(self._train, state, self._examples["train"], call)
+        score = program_cost(self._score, state.params, self._examples["validation"], call)
+        each = self.steps_per_epoch * step.flops + score.flops
+        return epochs * len(self._models) * each
 
     def _call(
         self, model: str, architectures: np.ndarray, epoch: int, first_step: int, num_steps: int

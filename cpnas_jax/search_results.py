@@ -25,7 +25,8 @@ def finish(
     checked: ReplayResult,
     *,
     dataset: str,
-    skipped: int,
+    skipped: int = 0,
+    flops: float | None = None,
 ) -> Genotype:
     """Derive the genotype from the checked log, and write the results.
 
@@ -37,6 +38,7 @@ def finish(
         checked: what the log says.
         dataset: name of what was searched on.
         skipped: training examples that cannot be decoded.
+        flops: of training and scoring, or None where they are not counted.
     """
     lines = history.lines
     assert checked.operations is not None
@@ -61,7 +63,7 @@ def finish(
     processes.require_agreement("the end of the search", genotype=genotype.to_json())
     drawings = processes.from_first(lambda: _draw(genotype, lines, path))
     reporter.say(figures.cell_tables(genotype))
-    _write_results(config, directory, derivation, lines, skipped)
+    _write_results(config, directory, derivation, lines, skipped, flops)
     processes.first_alone(lambda: genotype.save(path / "genotype.json"))
     reporter.say(f"Wrote {path / 'genotype.json'} and {', '.join(p.name for p in drawings)}.")
     return genotype
@@ -80,6 +82,7 @@ def _write_results(
     derivation: Derivation,
     lines: list[dict[str, Any]],
     skipped: int,
+    flops: float | None,
 ) -> None:
     samples = [line for line in lines if line["event"] == "sample"]
     timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
@@ -89,6 +92,7 @@ def _write_results(
         "sampled_epochs": len(samples),
         # Of the sampled epochs; starting and compiling the training program not included.
         "seconds": sum(line["seconds"] for line in samples),
+        "flops": flops,
         "last_child_accuracy": samples[-1]["child_accuracy"] if samples else None,
         "last_parent_accuracy": samples[-1]["parent_accuracy"] if samples else None,
         "operation_counts": derivation.genotype.operation_counts(),

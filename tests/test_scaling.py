@@ -1,17 +1,17 @@
 """The arithmetic of the predictions for TPUs, and the counting that it rests on."""
 
 import chips
-import costs
 import jax
 import jax.numpy as jnp
 import pytest
 import scaling
-from costs import Cost
 from jax import lax
 from tpu_cycles import Case, count_cycles, operation_cost
 from workloads import Work, full_config, search_work, training_work
 
 from cpnas_jax import config as configs
+from cpnas_jax.runtime import costs
+from cpnas_jax.runtime.costs import Cost
 
 AXIS = ("devices", 8)
 IMAGES = jax.ShapeDtypeStruct((4, 8, 8, 16), jnp.float32)

@@ -72,16 +72,21 @@ class Cost:
         counts = collections.Counter(self.collectives)
         for key, n in other.collectives.items():
             counts[key] += n
-        return Cost(*(a + b for a, b in zip(_numbers(self), _numbers(other), strict=True)), counts)
+        numbers = (a + b for a, b in zip(_numbers(self), _numbers(other), strict=True))
+        return Cost(**dict(zip(_NUMBERS, numbers, strict=True)), collectives=counts)
 
     def __mul__(self, times: float) -> "Cost":
         """Return the cost of so many runs."""
         counts = collections.Counter({key: n * times for key, n in self.collectives.items()})
-        return Cost(*(number * times for number in _numbers(self)), counts)
+        numbers = (number * times for number in _numbers(self))
+        return Cost(**dict(zip(_NUMBERS, numbers, strict=True)), collectives=counts)
+
+
+_NUMBERS = ("matrix", "depthwise", "other", "least_bytes", "most_bytes")
 
 
 def _numbers(cost: Cost) -> tuple[float, ...]:
-    return cost.matrix, cost.depthwise, cost.other, cost.least_bytes, cost.most_bytes
+    return tuple(getattr(cost, name) for name in _NUMBERS)
 
 
 def program_cost(

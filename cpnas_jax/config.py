@@ -70,6 +70,7 @@ def base_config() -> config_dict.ConfigDict:
     search.binary_preprocess = True  # 1-bit 1x1 preprocessing in the child [ours]
     search.batch_size = 256  # global, over all devices [kin]
     search.score_batch_size = 256  # global; scoring normalises by these batches [ours]
+    search.score_examples = 0  # score on the first so many of the validation part; 0: all [ours]
     search.learning_rate = 0.1  # cosine to 0 over the whole search [kin]
     search.momentum = 0.9  # [kin]
     search.weight_decay = 3e-4  # [kin]

@@ -154,6 +154,7 @@ RULES = {
     "search.binary_preprocess": _boolean(),
     "search.batch_size": _integer(1),
     "search.score_batch_size": _integer(1),
+    "search.score_examples": _integer(0),
     "search.learning_rate": _number(0, 1000, open_low=True),
     "search.momentum": Rule(lambda v: _is_number(v) and 0 <= v < 1, "in [0, 1)"),
     "search.weight_decay": _number(0),

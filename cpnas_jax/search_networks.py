@@ -72,6 +72,11 @@ _KNOBS = (
 )
 
 
+def _num_scored(config: config_dict.ConfigDict, validation: Split) -> int:
+    """Return how many images of the validation part are scored, the first ones."""
+    return config.search.score_examples or len(validation.labels)
+
+
 def _check_sizes(
     config: config_dict.ConfigDict, train: Split, validation: Split, num_shards: int
 ) -> None:
@@ -81,11 +86,16 @@ def _check_sizes(
         UserError: one is too large; its key is named.
     """
     search = config.search
-    largest = -(-len(validation.labels) // num_shards) * num_shards
-    if search.score_batch_size > largest:
+    if search.score_examples > len(validation.labels):
         raise UserError(
-            f"config.search.score_batch_size is {search.score_batch_size}; the validation part has "
-            f"only {len(validation.labels)} images"
+            f"config.search.score_examples is {search.score_examples}; the validation part has "
+            f"only {len(validation.labels)} images, which 0 uses all"
+        )
+    scored = _num_scored(config, validation)
+    if search.score_batch_size > -(-scored // num_shards) * num_shards:
+        raise UserError(
+            f"config.search.score_batch_size is {search.score_batch_size}; only {scored} images "
+            "are scored"
         )
     padding = config.dataset.crop_padding
     check_fits_images("config.dataset.crop_padding", padding, train.images.shape[1:])
@@ -157,10 +167,9 @@ class Networks:
             steps_per_epoch=self.steps_per_epoch,
         )
         self._train = pmap_donated(make_train_call(self._step, self._optimizer))
+        self._num_scored = _num_scored(config, validation)
         self._score = pmap_kept(
-            make_score_call(
-                self._settings, len(validation.labels), search.score_batch_size, self._shards
-            )
+            make_score_call(self._settings, self._num_scored, search.score_batch_size, self._shards)
         )
         self._programs: dict[str, Any] = {}
         self.compile_seconds = {"train": 0.0, "score": 0.0}
@@ -169,7 +178,6 @@ class Networks:
             name: replicate(Examples(part.images, part.labels, mean, std))
             for name, part in (("train", train), ("validation", validation))
         }
-        self._num_validation = len(validation.labels)
         self._states: dict[str, ModelState] = {}
         self._started = started
         self.first_step_seconds: float | None = None
@@ -359,13 +367,30 @@ class Networks:
         )
 
     def score(self, model: str, architectures: np.ndarray) -> list[float]:
-        """Return each architecture's accuracy over the whole validation part, in [0, 1].
+        """Return each architecture's accuracy over the scored examples, in [0, 1].
 
         Args:
             model: CHILD or PARENT.
             architectures: int32[n, 2, 14], n at most `paths`.
         """
+        return self.scores(model, architectures)["accuracy"]
+
+    def scores(self, model: str, architectures: np.ndarray) -> dict[str, list[float]]:
+        """Return what each architecture answers to the first `search.score_examples` of validation.
+
+        Args:
+            model: CHILD or PARENT.
+            architectures: int32[n, 2, 14], n at most `paths`.
+
+        Returns:
+            `accuracy`, in [0, 1], and `log_likelihood`, the mean logarithm of the probability of
+            the right answer; a number for each architecture.
+        """
         call = self._call(model, architectures, 0, 0, 0)
         arguments = (self._states[model].params, self._examples["validation"], call)
-        correct = to_host(self._compiled("score", self._score, *arguments)(*arguments))
-        return [int(count) / self._num_validation for count in correct[: len(architectures)]]
+        sums = to_host(self._compiled("score", self._score, *arguments)(*arguments))
+
+        def means(name: str) -> list[float]:
+            return [sum_.item() / self._num_scored for sum_ in sums[name][: len(architectures)]]
+
+        return {"accuracy": means("correct"), "log_likelihood": means("log_likelihood")}

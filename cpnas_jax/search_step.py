@@ -11,7 +11,6 @@ import chex
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from cpnas_jax.data.augment import CROP_DRAWS, normalise, random_crop_flip
@@ -25,7 +24,7 @@ from cpnas_jax.data.order import (
 )
 from cpnas_jax.models import supernet
 from cpnas_jax.models.draws import position_draws
-from cpnas_jax.models.losses import cross_entropy
+from cpnas_jax.models.losses import cross_entropy, cross_entropy_sum
 from cpnas_jax.models.supernet import SupernetSettings
 from cpnas_jax.path_optimizer import merge_paths
 from cpnas_jax.runtime.parallel import AXIS
@@ -212,20 +211,28 @@ def make_train_call(
 
 def make_score_call(
     settings: SupernetSettings, num_examples: int, batch_size: int, shards: Shards
-) -> Callable[[supernet.Params, Examples, Call], jax.Array]:
-    """Return the function of one device that counts the correct answers; to be pmapped.
+) -> Callable[[supernet.Params, Examples, Call], dict[str, jax.Array]]:
+    """Return the function of one device that scores architectures; to be pmapped.
 
-    It returns int32[groups], the answers of each group of devices to its own architecture. Every
-    example counts exactly once in a group; BN uses the statistics of a batch over the devices that
-    `settings` names, or of a shard.
+    It returns, for each group of devices and its own architecture, `correct`, int32[groups], the
+    right answers, and `log_likelihood`, f32[groups], the sum over the examples of the logarithm of
+    the right answer's probability. Every example counts exactly once in a group; BN uses the
+    statistics of a batch over the devices that `settings` names, or of a shard.
+
+    Args:
+        settings: shape of the network.
+        num_examples: the first so many examples are scored.
+        batch_size: over all devices that share a batch.
+        shards: of each batch.
     """
     indices, mask = scoring_indices(num_examples, batch_size)
     rows_of = indices.reshape(-1, shards.count, batch_size // shards.count)
-    mask_of = mask.reshape(rows_of.shape).astype(np.int32)
+    mask_of = mask.reshape(rows_of.shape)
 
-    def score_call(params: supernet.Params, examples: Examples, call: Call) -> jax.Array:
-        def batch(correct: jax.Array, part: tuple[jax.Array, jax.Array]) -> Any:
+    def score_call(params: supernet.Params, examples: Examples, call: Call) -> dict[str, jax.Array]:
+        def batch(sums: dict[str, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
             row, mask = part
+            labels = examples.labels[row]
             logits = supernet.apply(
                 params,
                 normalise(examples.images[row], examples.mean, examples.std),
@@ -233,17 +240,29 @@ def make_score_call(
                 settings=settings,
                 binary=call.binary,
             )
-            hits = (jnp.argmax(logits, axis=-1) == examples.labels[row]).astype(jnp.int32)
-            return correct + jnp.sum(hits * mask), None
+            hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.int32)
+            own = {
+                "correct": jnp.sum(hits * mask.astype(jnp.int32)),
+                "log_likelihood": -cross_entropy_sum(logits, labels, mask),
+            }
+            return jax.tree.map(jnp.add, sums, own), None
 
-        def of_shard(shard: jax.Array) -> tuple[None, jax.Array]:
+        def of_shard(shard: jax.Array) -> tuple[None, dict[str, jax.Array]]:
             parts = jnp.asarray(rows_of)[:, shard], jnp.asarray(mask_of)[:, shard]
-            correct, _ = lax.scan(batch, jnp.zeros((), jnp.int32), parts)
-            return None, correct
+            zeros = {
+                "correct": jnp.zeros((), jnp.int32),
+                "log_likelihood": jnp.zeros((), jnp.float32),
+            }
+            sums, _ = lax.scan(batch, zeros, parts)
+            return None, sums
 
-        _, correct = shards.combine(of_shard, call.passes)
-        if shards.groups == 1:
-            return correct[None]
-        return lax.all_gather(correct, AXIS)[:: shards.group_size]
+        _, sums = shards.combine(of_shard, call.passes)
+
+        def of_groups(own: jax.Array) -> jax.Array:
+            if shards.groups == 1:
+                return own[None]
+            return lax.all_gather(own, AXIS)[:: shards.group_size]
+
+        return jax.tree.map(of_groups, sums)
 
     return score_call

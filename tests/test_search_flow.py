@@ -104,6 +104,11 @@ def test_checkpoints_of_another_config_are_refused_and_kept(monkeypatch, tmp_pat
     ("settings", "words"),
     [
         ({"score_batch_size": 32}, r"config.search.score_batch_size is 32.*only 20 images"),
+        ({"score_examples": 21}, r"config.search.score_examples is 21.*only 20 images"),
+        (
+            {"score_batch_size": 16, "score_examples": 8},
+            r"config.search.score_batch_size is 16; only 8 images are scored",
+        ),
         ({"batch_size": 24}, r"config.search.batch_size is 24.*only 20 images"),
         (
             {"channels": 4096},

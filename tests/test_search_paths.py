@@ -234,16 +234,23 @@ def test_each_group_scores_its_own_path(start):
 
     arguments = (replicate(start.params), replicate(given), stacked(False))
     program = Program(pmap_kept(score_of(shards)), arguments, QUICK)
-    found = np.asarray(jax.device_get(program(*arguments)))
-    assert found.shape == (DEVICES, GROUPS)
+    found = jax.device_get(program(*arguments))
+    assert {name: rows.shape for name, rows in found.items()} == {
+        "correct": (DEVICES, GROUPS),
+        "log_likelihood": (DEVICES, GROUPS),
+    }
     alone = on_two_devices(score_of(single), start.params, given, call_of(PATHS[0], 0, False))
     expected = [
-        int(alone(start.params, given, call_of(path, number, False))[0])
+        alone(start.params, given, call_of(path, number, False))
         for number, path in enumerate(PATHS)
     ]
-    assert len(set(expected)) > 1
-    for row in found:
-        np.testing.assert_array_equal(row[: len(PATHS)], expected)
+    correct = [int(sums["correct"][0]) for sums in expected]
+    likelihoods = [float(sums["log_likelihood"][0]) for sums in expected]
+    assert len(set(correct)) > 1
+    for row in found["correct"]:
+        np.testing.assert_array_equal(row[: len(PATHS)], correct)
+    for row in found["log_likelihood"]:
+        np.testing.assert_allclose(row[: len(PATHS)], likelihoods, rtol=1e-5)
 
 
 def test_groups_are_equal_and_no_more_than_operations():

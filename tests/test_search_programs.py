@@ -1,6 +1,7 @@
 """What a search makes its programs of and calls them with; programs are stood in for."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ class FakeProgram:
             sums = {"loss": [float(take["num_steps"])], "correct": [0], "stop": [0]}
             sums["bad_step"] = [-1]
             return first, {name: OnDevices(np.repeat(v, devices)) for name, v in sums.items()}
-        return OnDevices(np.full((devices, 1), 5))
+        sums = {"correct": 5, "log_likelihood": np.float32(-36)}
+        return {name: OnDevices(np.full((devices, 1), value)) for name, value in sums.items()}
 
 
 class OnDevices:
@@ -63,6 +65,7 @@ UNUSUAL = {
     "binary_preprocess": False,
     "batch_size": 8,
     "score_batch_size": 16,
+    "score_examples": 18,
     "learning_rate": 0.3,
     "momentum": 0.7,
     "weight_decay": 0.01,
@@ -125,7 +128,7 @@ def test_programs_are_made_of_the_config_and_called_with_the_position(programs, 
     search(config, tmp_path, Reporter(Console(file=io.StringIO())))
     step, optimizer = programs["train"].made_with["train"]
     network, validation, score_batch, _ = programs["score"].made_with["score"]
-    assert (validation, score_batch) == (20, 16)
+    assert (validation, score_batch) == (18, 16)
     assert step.supernet == network
     assert (network.cells, network.channels, network.reductions) == (4, 2, (0, 3))
     assert network.operations.separable_repeats == 1
@@ -153,6 +156,9 @@ def test_programs_are_made_of_the_config_and_called_with_the_position(programs, 
     # The scoring part, and each model's own weights.
     assert all(np.asarray(examples.labels).shape[1] == 20 for _, examples, _ in scored)
     assert [float(params[0]) for params, _, _ in scored] == [0.0, 1.0] * 4
+    lines = (tmp_path / "search/history.jsonl").read_text().splitlines()
+    samples = [line for line in map(json.loads, lines) if line["event"] == "sample"]
+    assert {line["child_accuracy"] for line in samples} == {5 / 18}
     trained = {np.asarray(e.images).tobytes() for _, e, _ in programs["train"].calls}
     assert trained.isdisjoint({np.asarray(e.images).tobytes() for _, e, _ in scored})
 

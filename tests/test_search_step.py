@@ -253,7 +253,7 @@ SCORED = 37  # two whole batches of 16 and five examples
 
 @pytest.fixture(scope="module")
 def score():
-    """(labels) -> hits of the parent with one architecture over SCORED examples, on 8 devices."""
+    """(labels) -> scores of the parent with one architecture over SCORED examples, on 8 devices."""
     examples = random_examples(SCORED, 9)
     params, architecture = random_like(shapes(), 3, 0.3), random_architecture(2)
     function = pmap_kept(make_score_call(NETWORK, SCORED, BATCH, Shards(DEVICES)))
@@ -262,14 +262,14 @@ def score():
 
     def run(labels):
         labelled = dataclasses.replace(examples, labels=labels.astype(np.int32))
-        return np.asarray(program(operands[0], replicate(labelled), operands[2]))
+        return jax.device_get(program(operands[0], replicate(labelled), operands[2]))
 
     return run
 
 
 @pytest.fixture(scope="module")
-def answers():
-    """The network's answer for every example, each device's batch for itself."""
+def logits():
+    """The network's logits for every example, each device's batch for itself."""
     examples = random_examples(SCORED, 9)
     params, architecture = random_like(shapes(), 3, 0.3), random_architecture(2)
     per_device = BATCH // DEVICES
@@ -279,7 +279,7 @@ def answers():
 
     shape = jax.ShapeDtypeStruct((per_device, 8, 8, 3), np.float32)
     program = jax.jit(logits_of).lower(params, architecture, shape).compile(QUICK)
-    given = np.full(SCORED, -1)
+    given = np.full((SCORED, CLASSES), np.nan)
     for first in range(0, 48, per_device):
         positions = np.arange(first, first + per_device)
         # Filled up with examples from the start, which do not count a second time.
@@ -290,23 +290,28 @@ def answers():
             positions, np.asarray(program(params, architecture, images)), strict=True
         ):
             if position < SCORED:
-                given[position] = row.argmax()
-    assert len(set(given)) > 1
+                given[position] = row
+    assert len(set(given.argmax(axis=1))) > 1
     return given
 
 
-def test_scoring_counts_every_example_once(score, answers):
-    assert (score(answers) == SCORED).all()
-    assert (score((answers + 1) % CLASSES) == 0).all()
+def test_scoring_counts_every_example_once(score, logits):
+    answers = logits.argmax(axis=1)
+    assert (score(answers)["correct"] == SCORED).all()
+    assert (score((answers + 1) % CLASSES)["correct"] == 0).all()
     for example in (0, 3, 15, 16, 35, 36):
         wrong = (answers + 1) % CLASSES
         wrong[example] = answers[example]
-        assert (score(wrong) == 1).all(), example
+        assert (score(wrong)["correct"] == 1).all(), example
 
 
-def test_scoring_is_a_count_of_right_answers(score, answers):
+def test_scores_are_right_answers_and_the_logarithm_of_their_probability(score, logits):
     labels = random_examples(SCORED, 9).labels
-    assert (score(labels) == (answers == labels).sum()).all()
+    found = score(labels)
+    assert (found["correct"] == (logits.argmax(axis=1) == labels).sum()).all()
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = np.log(probabilities[np.arange(SCORED), labels]).sum()
+    np.testing.assert_allclose(found["log_likelihood"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("child_optimizer", ["adam", "sgd"])

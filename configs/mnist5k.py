@@ -30,6 +30,8 @@ def get_config(argument: str | None = None) -> config_dict.ConfigDict:
     config.search.update(  # all of it [ours]
         examples=2000,  # of 4,000: enough to search in a few minutes
         rounds=1,  # T
+        max_scored=84,  # of cp_plus: on so many images the cost of 7 of cp's 35 sampled epochs
+        plus_score_examples=250,
         cells=3,
         channels=8,
         reductions=(1, 2),

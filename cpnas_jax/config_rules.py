@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cpnas_jax.architecture.genotype import EDGE_POLICIES
+from cpnas_jax.architecture.plus import MEASURES
 from cpnas_jax.models.binarize import ESTIMATORS, PAD_VALUES, WEIGHT_SCALES
 from cpnas_jax.models.blocks import Levers
 from cpnas_jax.models.layers import FORMULATIONS
@@ -16,7 +17,7 @@ from cpnas_jax.runtime.errors import UserError
 
 MODES = ("pipeline", "search", "train", "evaluate", "summary", "compare")
 OPTIMIZERS = ("sgd", "adam")
-STRATEGIES = ("cp", "child", "random", "random_search")
+STRATEGIES = ("cp", "cp_plus", "child", "random", "random_search")
 PARALLEL = ("data", "path")
 PRECISIONS = ("binary", "float")
 
@@ -135,6 +136,13 @@ RULES = {
     "runtime.stall_seconds": _number(0),
     "search.strategy": _one_of(STRATEGIES),
     "search.candidates": _integer(1),
+    "search.plus_beta_p": _number(-100, 100),
+    "search.measure": _one_of(MEASURES),
+    "search.max_scored": _integer(8),
+    "search.plus_score_examples": _integer(1),
+    "search.reliability": _number(0, 1),
+    "search.certainty": _number(0.5, 1),
+    "search.carry": _number(0, 1, open_low=True),
     "search.parallel": _one_of(PARALLEL),
     # Beyond, float32 alpha could not be checked against eq. 4.16 with any sense.
     "search.beta_p": _number(-100, 100),

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
-from cpnas_jax.architecture.events import sample_line
+from cpnas_jax.architecture.events import sample_line, scores_line
 from cpnas_jax.architecture.sampling import LAST_STAGE, all_survivors
 from cpnas_jax.architecture.strategy import Strategy
 from cpnas_jax.models.space import CHILD, PARENT
-from cpnas_jax.runtime import processes
+from cpnas_jax.runtime import processes, stall
 from cpnas_jax.runtime.checkpoints import Checkpoints, Restored
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.interruptions import Stopped, stop_wished
 from cpnas_jax.runtime.workdir import Workdir
 from cpnas_jax.search_networks import Networks
 from cpnas_jax.search_run import SearchRun
@@ -61,6 +62,12 @@ class SampledRun(SearchRun):
         """Tell whether one operation is left on every edge."""
         return self.progress.position.stage < LAST_STAGE
 
+    def num_scored(self) -> int:
+        """Return how many architectures were scored without being trained."""
+        return sum(
+            len(line["child_accuracy"]) for line in self.history.lines if line["event"] == "scores"
+        )
+
     def arrays(self) -> dict[str, Any]:
         """Return survivors, alpha and its optimizer's state."""
         return self.progress.arrays()
@@ -105,7 +112,8 @@ class SampledRun(SearchRun):
         """Say where the search is."""
         position, underway = self.progress.position, self.progress.underway
         if not underway.sums:
-            return f"after sampled epoch {position.epoch} of {self.total}"
+            scored = f" and {position.scored} scored rounds" if position.scored else ""
+            return f"after sampled epoch {position.epoch} of {self.total}{scored}"
         model = underway.next_model(self.strategy.models)
         return (
             f"in sampled epoch {position.epoch + 1} of {self.total}, after step "
@@ -117,7 +125,15 @@ class SampledRun(SearchRun):
         self.progress.underway.seconds += seconds
 
     def run_epoch(self, is_first: bool) -> None:
-        """Train and score the next architecture, or as many as are trained at the same time."""
+        """Train and score the next architecture, or as many as are trained at the same time.
+
+        Where the stage's training is over, a round of architectures is scored instead.
+        """
+        if not self._trains():
+            self._score_round()
+            if self._trains() or self.is_over:
+                self.save()
+            return
         progress, position = self.progress, self.progress.position
         compiled = sum(self.networks.compile_seconds.values())
         permutations = self.strategy.sample(
@@ -208,20 +224,74 @@ class SampledRun(SearchRun):
         position.sample += 1
         if position.sample > samples:
             position.sample, position.round_index = 1, position.round_index + 1
-        if position.round_index > self.strategy.rounds(position.stage):
+        self._end_stages()
+
+    def _end_stages(self) -> None:
+        """Decide, as long as neither training nor scoring is left to the stage."""
+        while not (self.is_over or self._trains()) and self._has_scored_enough():
             self._end_stage()
 
+    def _trains(self) -> bool:
+        position = self.progress.position
+        return position.round_index <= self.strategy.rounds(position.stage)
+
+    def _has_scored_enough(self) -> bool:
+        progress = self.progress
+        return self.strategy.is_enough(
+            progress.position.stage, progress.survivors, self.history.lines
+        )
+
     def _end_stage(self) -> None:
-        progress, position = self.progress, self.progress.position
-        samples = [
-            line
-            for line in self.history.lines
-            if line["event"] == "sample" and line["stage"] == position.stage
-        ]
-        decision = self.strategy.decide(position.stage, progress.alpha, progress.survivors, samples)
+        progress, position, lines = self.progress, self.progress.position, self.history.lines
+        progress.alpha, progress.alpha_state = self.strategy.end_alpha(
+            progress.alpha, progress.alpha_state, lines
+        )
+        decision = self.strategy.decide(position.stage, progress.alpha, progress.survivors, lines)
+        processes.require_agreement(
+            f"the end of stage {position.stage}",
+            alpha=progress.alpha,
+            survivors=decision.survivors,
+        )
         self.history.append(decision.line)
         self.reporter.say(decision_text(decision.line))
         progress.survivors = decision.survivors
         position.stage = int(decision.survivors.sum(axis=-1).max())
-        position.round_index = 1
+        position.scored_before += position.scored
+        position.round_index, position.scored = 1, 0
         progress.alpha, progress.alpha_state = self.strategy.begin_alpha()
+
+    def _score_round(self) -> None:
+        """Score the stage's next architectures, which are not trained.
+
+        Raises:
+            Stopped: the run was asked to stop, and is saved.
+        """
+        position = self.progress.position
+        stall.at(f"search {self.where()}")
+        before = time.monotonic()
+        architectures = self.strategy.to_score(
+            position.stage, position.scored + 1, self.progress.survivors
+        )
+        measures: dict[str, list[float]] = {}
+        for model in self.strategy.models:
+            for architecture in architectures:
+                found = self.networks.scores(model, architecture[None])
+                for name, values in found.items():
+                    measures.setdefault(f"{model}_{name}", []).extend(values)
+        position.scored += 1
+        line = scores_line(
+            stage=position.stage,
+            round_index=position.scored,
+            measures=measures,
+            seconds=time.monotonic() - before,
+        )
+        processes.require_agreement(
+            f"scored round {position.scored} of stage {position.stage}", measures=measures
+        )
+        self.history.append(line)
+        self.reporter.show(f"stage {position.stage}: round {position.scored} scored")
+        self._end_stages()
+        if processes.any_process(stop_wished()):
+            self.save()
+            self.checkpoints.wait()
+            raise Stopped(self.where())

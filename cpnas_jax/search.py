@@ -91,7 +91,7 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         run.go_on()
         if config.mode == "compare":
             reporter.log("counting the operations of the programs")
-            flops = networks.flops(run.epoch)
+            flops = networks.flops(run.epoch, run.num_scored())
     return finish(
         config,
         directory,

@@ -74,7 +74,10 @@ _KNOBS = (
 
 def _num_scored(config: config_dict.ConfigDict, validation: Split) -> int:
     """Return how many images of the validation part are scored, the first ones."""
-    return config.search.score_examples or len(validation.labels)
+    search, every = config.search, len(validation.labels)
+    # Scored architectures must cost little beside trained ones.
+    usual = min(search.plus_score_examples, every) if search.strategy == "cp_plus" else every
+    return search.score_examples or usual
 
 
 def _check_sizes(
@@ -244,21 +247,22 @@ class Networks:
             "training program": self._programs["train"].temporary_bytes(),
         }
 
-    def flops(self, epochs: int) -> float:
-        """Return the operations of a device in so many sampled epochs, counted in the programs.
+    def flops(self, epochs: int, scored: int) -> float:
+        """Return the operations of a device in a search, counted in the programs.
 
         Every operation of an edge counts as often as any other, as at the first stage.
 
         Args:
-            epochs: each trains and scores all models.
+            epochs: sampled epochs, each trains and scores all models.
+            scored: architectures that were only scored, by all models.
         """
         call = self._call(CHILD, np.zeros((1, *SHAPE), np.int32), 0, 0, 1)
         state = self._states[CHILD]
         # A loop over the steps counts as one of them.
         step = program_cost(self._train, state, self._examples["train"], call)
         score = program_cost(self._score, state.params, self._examples["validation"], call)
-        each = self.steps_per_epoch * step.flops + score.flops
-        return epochs * len(self._models) * each
+        trained = epochs * self.steps_per_epoch * step.flops
+        return len(self._models) * (trained + (epochs + scored) * score.flops)
 
     def _call(
         self, model: str, architectures: np.ndarray, epoch: int, first_step: int, num_steps: int

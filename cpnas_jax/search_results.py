@@ -91,7 +91,9 @@ def _write_results(
         "strategy": config.search.strategy,
         "sampled_epochs": len(samples),
         # Of the sampled epochs; starting and compiling the training program not included.
-        "seconds": sum(line["seconds"] for line in samples),
+        "seconds": sum(line.get("seconds", 0.0) for line in lines),
+        # Architectures that were scored without being trained.
+        "scored": sum(len(line["child_accuracy"]) for line in lines if line["event"] == "scores"),
         "flops": flops,
         "last_child_accuracy": samples[-1]["child_accuracy"] if samples else None,
         "last_parent_accuracy": samples[-1]["parent_accuracy"] if samples else None,

@@ -33,12 +33,16 @@ class Position:
         round_index: t, from 1.
         sample: s, from 1.
         epoch: sampled epochs done in the whole search.
+        scored: rounds of architectures that this stage has scored without training them.
+        scored_before: those of the stages before.
     """
 
     stage: int
     round_index: int = 1
     sample: int = 1
     epoch: int = 0
+    scored: int = 0
+    scored_before: int = 0
 
 
 @dataclasses.dataclass
@@ -100,4 +104,5 @@ class Progress:
         # One more than the steps: all steps done is not yet the next model begun.
         number = trained * (steps_per_epoch + 1)
         under_way = list(self.underway.sums.values())[len(self.underway.accuracies) :]
-        return number + sum(sums.steps for sums in under_way)
+        scored = self.position.scored_before + self.position.scored
+        return number + scored + sum(sums.steps for sums in under_way)

@@ -78,6 +78,10 @@ class Oracle:
             self.requests.append(("score", model, architecture.copy(), None))
         return [self.accuracy(model, architecture) for architecture in architectures]
 
+    def scores(self, model, architectures):
+        accuracies = self.score(model, architectures)
+        return {"accuracy": accuracies, "log_likelihood": [value - 1 for value in accuracies]}
+
     def accuracy(self, model, architecture):
         return float(self.worth[architecture].mean()) * (1.0 if model == PARENT else 0.5)
 

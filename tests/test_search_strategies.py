@@ -154,3 +154,102 @@ def test_scores_are_only_of_what_is_trained():
     config = base_config()
     config.search.strategy = "child"
     assert sampled_strategy(config).score({CHILD: np.float64(0.25)}) == 0.25
+
+
+PLUS = {"strategy": "cp_plus", "max_scored": 48}
+
+
+class Noisy(Oracle):
+    """As uncertain as real accuracies, and the same whenever an architecture is scored again."""
+
+    def accuracy(self, model, architecture):
+        seed = int.from_bytes(architecture.astype(np.uint8).tobytes()[:8], "little")
+        noise = np.random.default_rng(seed).normal(0, 0.01)
+        return super().accuracy(model, architecture) + noise
+
+
+def test_cp_plus_finds_what_is_best_on_every_edge(monkeypatch, tmp_path):
+    genotype, said = run(monkeypatch, tmp_path, edge_policy="top2", **PLUS)
+    lines = log_of(tmp_path)
+    # Without any noise all is certain after the first stage: 2 rounds of 5 operations.
+    assert sum(line["event"] == "sample" for line in lines) == 2 * 5
+    assert sum(line["event"] == "pruning" for line in lines) == 1
+    assert {edge.operation for _, edges in genotype.cells() for edge in edges} == {FIVE[-1]}
+    results = json.loads((tmp_path / "results.json").read_text())["search"]
+    scored = sum(len(line["child_accuracy"]) for line in lines if line["event"] == "scores")
+    assert results["scored"] == scored > 0
+    assert "architectures scored, reliability" in said
+
+
+@pytest.mark.parametrize("after", [1, 7, 11])
+def test_a_search_stopped_while_it_scores_goes_on_bitwise(monkeypatch, tmp_path, after):
+    settings = {"edge_policy": "top2", **PLUS}
+    run(monkeypatch, tmp_path / "whole", Noisy, **settings)
+    scored = 0
+
+    def wished():
+        nonlocal scored
+        scored += 1
+        return scored == after
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cpnas_jax.sampled_run.stop_wished", wished)
+        with pytest.raises(Stopped, match=r"scored rounds|after sampled epoch"):
+            run(patch, tmp_path / "stopped", Noisy, **settings)
+    run(monkeypatch, tmp_path / "stopped", Noisy, **settings)
+    logs = [log_of(tmp_path / name) for name in ("whole", "stopped")]
+    for line in (*logs[0], *logs[1]):
+        line.pop("seconds", None)
+    assert logs[0] == logs[1]
+
+
+class TestReplayOfCpPlus:
+    """Scored architectures follow from the seed, credit and drops from their scores."""
+
+    @pytest.fixture
+    def strategy(self):
+        config = base_config()
+        config.search.update(rounds=1, operations=FIVE, **PLUS)
+        return sampled_strategy(config)
+
+    @pytest.fixture
+    def lines(self, monkeypatch, tmp_path):
+        run(monkeypatch, tmp_path, Noisy, edge_policy="top2", **PLUS)
+        return log_of(tmp_path)
+
+    def test_it_is_accepted_as_far_as_it_goes(self, strategy, lines):
+        assert replay(lines, strategy).finished
+        for length in (3, 12, 24, len(lines) - 1):
+            assert not replay(lines[:length], strategy).finished
+
+    @pytest.mark.parametrize(
+        ("kind", "change", "words"),
+        [
+            ("scores", {"round": 3}, "expected the scores line of stage 5, round 1"),
+            ("scores", {"child_accuracy": [0.5]}, "child_accuracy has 1 numbers"),
+            ("scores", {"child_accuracy": [2.0] * 5}, r"it must be a number in \[0, 1\]"),
+            ("scores", {"parent_log_likelihood": 3}, "it must be a list of numbers"),
+            ("pruning", {"scored": 7}, "scored is 7; so far it is"),
+            ("pruning", {"reliability": 0.1}, "reliability is 0.1; of these scores it must be"),
+            ("pruning", {"dropped": []}, "it must be two lists of 14 lists"),
+        ],
+    )
+    def test_what_is_wrong_is_told(self, strategy, lines, kind, change, words):
+        number = next(n for n, line in enumerate(lines) if line["event"] == kind)
+        lines[number].update(change)
+        with pytest.raises(UserError, match=f"line {number + 1}: .*{words}"):
+            replay(lines, strategy)
+
+    def test_altered_scores_show_in_the_credit(self, strategy, lines):
+        first = next(n for n, line in enumerate(lines) if line["event"] == "scores")
+        pruning = next(n for n, line in enumerate(lines) if line["event"] == "pruning")
+        lines[first]["child_accuracy"][2] += 0.1
+        with pytest.raises(UserError, match=f"line {pruning + 1}: "):
+            replay(lines, strategy)
+
+    def test_what_was_dropped_is_checked(self, strategy, lines):
+        pruning = next(n for n, line in enumerate(lines) if line["event"] == "pruning")
+        edge = lines[pruning]["dropped"][1][3]
+        edge[0] = next(name for name in FIVE if name not in edge)
+        with pytest.raises(UserError, match="dropped of the reduce cell, edge"):
+            replay(lines, strategy)

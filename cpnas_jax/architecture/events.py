@@ -3,13 +3,20 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cpnas_jax.architecture.sampling import operation_names, operation_positions
-from cpnas_jax.models.space import CELL_TYPES, NUM_EDGES, NUM_OPERATIONS, OPERATIONS
+from cpnas_jax.models.space import (
+    CELL_TYPES,
+    MODELS,
+    NUM_EDGES,
+    NUM_OPERATIONS,
+    OPERATIONS,
+    PARENT,
+)
 from cpnas_jax.runtime.errors import UserError, shown
 
 
@@ -72,7 +79,70 @@ class ChoiceEvent:
     child_accuracy: float | None
 
 
-Event = SampleEvent | StageEvent | ChoiceEvent
+@dataclasses.dataclass(frozen=True)
+class ScoresEvent:
+    """Architectures of a round that were scored and not trained.
+
+    Attributes:
+        stage: K, the operations left on the edges that have most.
+        round_index: of the stage's scored rounds, from 1.
+        measures: `child_accuracy`, `child_log_likelihood` and those of the parent where there is
+            one -> a number for each architecture, in the order that the seed gives them.
+        seconds: for all of them.
+    """
+
+    stage: int
+    round_index: int
+    measures: Mapping[str, tuple[float, ...]]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningEvent:
+    """The end of a stage that dropped any number of operations of an edge.
+
+    Attributes:
+        stage: K.
+        scored: architectures scored so far.
+        reliability: of the effects, by split halves.
+        effects: f64[2, 14, 8], 0 where `compared` is false.
+        compared: bool[2, 14, 8], the operations that survived until then.
+        dropped: bool[2, 14, 8].
+    """
+
+    stage: int
+    scored: int
+    reliability: float
+    effects: np.ndarray
+    compared: np.ndarray
+    dropped: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochEvent:
+    """One epoch of a gradient strategy.
+
+    Attributes:
+        epoch: its number, from 1.
+        child_accuracy: on the validation part, in [0, 1]; None where no child is trained.
+        parent_accuracy: likewise.
+        alpha: f64[14, 8] for each cell type after the epoch; with edge normalisation also f64[14]
+            under `<cell>_edges`.
+        seconds: duration of the epoch.
+    """
+
+    epoch: int
+    child_accuracy: float | None
+    parent_accuracy: float | None
+    alpha: Mapping[str, np.ndarray]
+    seconds: float
+
+
+Event = SampleEvent | StageEvent | ChoiceEvent | ScoresEvent | PruningEvent | EpochEvent
+
+
+EVENTS = ("sample", "stage", "choice", "scores", "pruning", "epoch")
+"""What a line can be of."""
 
 
 def sample_line(
@@ -111,19 +181,93 @@ def stage_line(
         survivors: bool[2, 14, 8] before the drop.
         dropped: int[2, 14].
     """
-    tables = {
-        cell: [
-            {OPERATIONS[k]: float(indicator[row, edge, k]) for k in np.flatnonzero(mask)}
-            for edge, mask in enumerate(survivors[row])
-        ]
-        for row, cell in enumerate(CELL_TYPES)
-    }
     return {
         "event": "stage",
         "stage": int(stage),
-        "indicator": tables,
+        "indicator": _tables(indicator, survivors),
         "dropped": operation_names(dropped),
     }
+
+
+def _tables(values: np.ndarray, mask: np.ndarray) -> dict[str, list[dict[str, float]]]:
+    """Return cell -> for each edge operation -> value, of the operations in the mask."""
+    return {
+        cell: [
+            {OPERATIONS[k]: float(values[row, edge, k]) for k in np.flatnonzero(own)}
+            for edge, own in enumerate(mask[row])
+        ]
+        for row, cell in enumerate(CELL_TYPES)
+    }
+
+
+def scores_line(
+    *, stage: int, round_index: int, measures: Mapping[str, Sequence[float]], seconds: float
+) -> dict[str, Any]:
+    """Build the line of a round of scored architectures; arguments as in `ScoresEvent`."""
+    return {
+        "event": "scores",
+        "stage": int(stage),
+        "round": int(round_index),
+        **{name: [float(value) for value in values] for name, values in measures.items()},
+        "seconds": float(seconds),
+    }
+
+
+def pruning_line(
+    *,
+    stage: int,
+    scored: int,
+    reliability: float,
+    effects: np.ndarray,
+    survivors: np.ndarray,
+    dropped: np.ndarray,
+) -> dict[str, Any]:
+    """Build the line that ends a stage; arguments as in `PruningEvent`, survivors before it."""
+    return {
+        "event": "pruning",
+        "stage": int(stage),
+        "scored": int(scored),
+        "reliability": float(reliability),
+        "effects": _tables(effects, survivors),
+        "dropped": [
+            [[OPERATIONS[k] for k in np.flatnonzero(edge)] for edge in cell] for cell in dropped
+        ],
+    }
+
+
+def epoch_line(
+    *,
+    epoch: int,
+    accuracies: Mapping[str, float],
+    losses: Mapping[str, float],
+    objective: float,
+    alpha: Mapping[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """Build the line of an epoch of a gradient strategy.
+
+    Args:
+        epoch: its number, from 1.
+        accuracies: model -> accuracy on the validation part.
+        losses: model -> mean training loss.
+        objective: mean of alpha's objective; 0 where alpha does not move.
+        alpha: after the epoch.
+        seconds: duration.
+    """
+    return {
+        "event": "epoch",
+        "epoch": int(epoch),
+        **{f"{model}_accuracy": accuracies.get(model) for model in MODELS},
+        "losses": {model: float(loss) for model, loss in losses.items()},
+        "objective": float(objective),
+        "alpha": {name: np.asarray(leaf, np.float64).tolist() for name, leaf in alpha.items()},
+        "seconds": float(seconds),
+    }
+
+
+def dropped_mask(names: Sequence[Sequence[Sequence[str]]]) -> np.ndarray:
+    """Return bool[2, 14, 8] of what a line of pruning names as dropped."""
+    return np.array([[np.isin(OPERATIONS, edge) for edge in cell] for cell in names])
 
 
 def choice_line(
@@ -159,8 +303,33 @@ def parse_line(line: Mapping[str, Any]) -> Event:
             z=_number(line, "z", -math.inf, math.inf),
             seconds=_number(line, "seconds", 0, math.inf),
         )
+    if event == "epoch":
+        return EpochEvent(
+            epoch=_integer(line, "epoch"),
+            child_accuracy=_number_or_none(line, "child_accuracy", 0, 1),
+            parent_accuracy=_number_or_none(line, "parent_accuracy", 0, 1),
+            alpha=_alpha(line),
+            seconds=_number(line, "seconds", 0, math.inf),
+        )
+    if event == "scores":
+        return ScoresEvent(
+            stage=_integer(line, "stage"),
+            round_index=_integer(line, "round"),
+            measures=_measures(line),
+            seconds=_number(line, "seconds", 0, math.inf),
+        )
+    if event == "pruning":
+        effects, compared = _operation_table(line, "effects", -math.inf, math.inf)
+        return PruningEvent(
+            stage=_integer(line, "stage"),
+            scored=_integer(line, "scored"),
+            reliability=_number(line, "reliability", -1, 1),
+            effects=effects,
+            compared=compared,
+            dropped=_dropped(line),
+        )
     if event == "stage":
-        indicator, compared = _indicator(line)
+        indicator, compared = _operation_table(line, "indicator", 0, 1)
         return StageEvent(
             stage=_integer(line, "stage"),
             indicator=indicator,
@@ -174,7 +343,7 @@ def parse_line(line: Mapping[str, Any]) -> Event:
             architecture=_architecture(line, "architecture"),
             child_accuracy=_number_or_none(line, "child_accuracy", 0, 1),
         )
-    raise ValueError(f"event is {shown(event)}; it must be 'sample', 'stage' or 'choice'")
+    raise ValueError(f"event is {shown(event)}; it must be one of {', '.join(EVENTS)}")
 
 
 def parse_history(text: str, name: str = "history.jsonl") -> Iterator[dict[str, Any]]:
@@ -234,26 +403,75 @@ def _architecture(line: Mapping[str, Any], key: str) -> np.ndarray:
         raise ValueError(f"{key}: {error}") from error
 
 
-def _indicator(line: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    tables = _require(line, "indicator")
+def _measures(line: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    found = {}
+    for model in MODELS:
+        for name, low, high in (("accuracy", 0, 1), ("log_likelihood", -math.inf, 0)):
+            key = f"{model}_{name}"
+            if key not in line and model == PARENT:
+                continue
+            value = _require(line, key)
+            if not isinstance(value, list):
+                raise ValueError(f"{key} is {shown(value)}; it must be a list of numbers")
+            # One by one, as each is named in what is wrong with it.
+            found[key] = tuple(_number({key: number}, key, low, high) for number in value)
+    return found
+
+
+def _alpha(line: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    value = _require(line, "alpha")
+    if not isinstance(value, Mapping) or not set(CELL_TYPES) <= set(value):
+        raise ValueError(f"alpha is {shown(value)}; it must have {', '.join(CELL_TYPES)}")
+    arrays = {}
+    for name, table in value.items():
+        cell, edges, _ = name.partition("_edges")
+        shape = (NUM_EDGES,) if edges else (NUM_EDGES, NUM_OPERATIONS)
+        try:
+            arrays[name] = np.asarray(table, np.float64)
+        except (TypeError, ValueError):
+            arrays[name] = np.zeros(0)
+        if cell not in CELL_TYPES or arrays[name].shape != shape:
+            raise ValueError(f"alpha of {name!r} is not an array of numbers {list(shape)}")
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"alpha of {name!r} is not finite")
+    return arrays
+
+
+def _dropped(line: Mapping[str, Any]) -> np.ndarray:
+    value = _require(line, "dropped")
+    shape = [len(cell) if isinstance(cell, list) else -1 for cell in value or ()]
+    if shape != [NUM_EDGES] * len(CELL_TYPES):
+        raise ValueError(f"dropped is {shown(value)}; it must be two lists of 14 lists")
+    for edge in (edge for cell in value for edge in cell):
+        if not isinstance(edge, list) or not set(edge) <= set(OPERATIONS):
+            raise ValueError(
+                f"dropped of an edge is {shown(edge)}; it must be a list of operations"
+            )
+    return dropped_mask(value)
+
+
+def _operation_table(
+    line: Mapping[str, Any], key: str, low: float, high: float
+) -> tuple[np.ndarray, np.ndarray]:
+    tables = _require(line, key)
     if not isinstance(tables, Mapping) or set(tables) != set(CELL_TYPES):
-        raise ValueError(f"indicator is {shown(tables)}; it must have {', '.join(CELL_TYPES)}")
-    indicator = np.zeros((len(CELL_TYPES), NUM_EDGES, NUM_OPERATIONS))
-    compared = np.zeros(indicator.shape, dtype=bool)
+        raise ValueError(f"{key} is {shown(tables)}; it must have {', '.join(CELL_TYPES)}")
+    values = np.zeros((len(CELL_TYPES), NUM_EDGES, NUM_OPERATIONS))
+    compared = np.zeros(values.shape, dtype=bool)
     for row, cell in enumerate(CELL_TYPES):
         table = tables[cell]
         if not isinstance(table, list) or len(table) != NUM_EDGES:
             raise ValueError(
-                f"indicator of {cell} is {shown(table)}; it must be a list of {NUM_EDGES} edges"
+                f"{key} of {cell} is {shown(table)}; it must be a list of {NUM_EDGES} edges"
             )
         for column, edge in enumerate(table):
             if not isinstance(edge, Mapping) or not set(edge) <= set(OPERATIONS):
                 raise ValueError(
-                    f"indicator of {cell}, edge {column} is {shown(edge)}; "
+                    f"{key} of {cell}, edge {column} is {shown(edge)}; "
                     "it must be {operation: number}"
                 )
             for operation in edge:
                 position = OPERATIONS.index(operation)
-                indicator[row, column, position] = _number(edge, operation, 0, 1)
+                values[row, column, position] = _number(edge, operation, low, high)
                 compared[row, column, position] = True
-    return indicator, compared
+    return values, compared

@@ -6,8 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from cpnas_jax.architecture.events import ChoiceEvent, Event, SampleEvent, StageEvent, parse_line
+from cpnas_jax.architecture.events import (
+    ChoiceEvent,
+    Event,
+    PruningEvent,
+    SampleEvent,
+    ScoresEvent,
+    StageEvent,
+    parse_line,
+)
 from cpnas_jax.architecture.indicator import drop_worst, final_operations, indicator
+from cpnas_jax.architecture.plus import ChildParentPlus
 from cpnas_jax.architecture.sampling import LAST_STAGE, all_survivors, operation_names
 from cpnas_jax.architecture.strategy import ChildParent, RandomSearch, Strategy
 from cpnas_jax.models.space import CELL_TYPES, CHILD, EDGES, OPERATIONS, PARENT
@@ -16,6 +25,15 @@ from cpnas_jax.runtime.errors import UserError
 TOLERANCE = 1e-6
 """Allowed difference of z and e from their recomputed values, for each unit of |z| above one: alpha
 is float32."""
+
+_ENDINGS: dict[type[Strategy], str] = {
+    ChildParent: "stage",
+    RandomSearch: "choice",
+    ChildParentPlus: "pruning",
+}
+"""What the line is called that ends a stage."""
+
+_NONE = OPERATIONS.index("none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +77,12 @@ class _State:
         self.compared: np.ndarray | None = None
         self.indicator: np.ndarray | None = None
         self.operations: np.ndarray | None = None
+        self.lines: list[Mapping[str, Any]] = []
         self._begin_stage()
 
     def _begin_stage(self) -> None:
         self.samples: list[SampleEvent] = []
-        self.lines: list[Mapping[str, Any]] = []
-        self.round_index, self.sample = 1, 1
+        self.round_index, self.sample, self.scored = 1, 1, 0
         self.scale = 1.0
         self.architectures: np.ndarray | None = None
 
@@ -72,8 +90,9 @@ class _State:
         if self.stage < LAST_STAGE:
             return "no line, as the search is finished"
         if self.round_index > self.strategy.rounds(self.stage):
-            kind = "stage" if isinstance(self.strategy, ChildParent) else "choice"
-            return f"the {kind} line of stage {self.stage}"
+            if not self.strategy.is_enough(self.stage, self.survivors, self.lines):
+                return f"the scores line of stage {self.stage}, round {self.scored + 1}"
+            return f"the {_ENDINGS[type(self.strategy)]} line of stage {self.stage}"
         return (
             f"the sample line of stage {self.stage}, round {self.round_index}, sample {self.sample}"
         )
@@ -83,8 +102,13 @@ class _State:
             self._take_sample(event, line)
         elif isinstance(event, StageEvent):
             self._take_stage(event)
-        else:
+        elif isinstance(event, ChoiceEvent):
             self._take_choice(event)
+        elif isinstance(event, ScoresEvent):
+            self._take_scores(event)
+        else:
+            self._take_pruning(event)
+        self.lines.append(line)
 
     def _require_expected(self, found: str) -> None:
         if self.expected() != found:
@@ -116,7 +140,6 @@ class _State:
         if abs(event.z - z) > TOLERANCE * self.scale:
             raise ValueError(f"z is {event.z!r}; of these accuracies it must be {z!r}")
         self.samples.append(event)
-        self.lines.append(line)
         self.sampled_epochs += 1
         self.sample += 1
         if self.sample > len(self.architectures):
@@ -133,7 +156,9 @@ class _State:
         assert (counts == np.where(self.survivors, self.strategy.rounds(self.stage), 0)).all()
         worth = np.where(self.survivors, sums / np.maximum(counts, 1), np.nan)
         expected = indicator(dict(zip(CELL_TYPES, worth, strict=True)), self.survivors)
-        self._check_indicator(event, expected)
+        self._check_table(
+            "indicator", event.indicator, event.compared, expected, self.scale, "by eq. 4.16"
+        )
         # From the logged e, whose last digits may decide between near equals.
         remaining, dropped = drop_worst(event.indicator, self.survivors)
         _check_equal("dropped", event.dropped, dropped, "the smallest indicator is that of")
@@ -166,17 +191,78 @@ class _State:
         self.compared, self.operations = self.survivors, candidate.drawn
         self._end_stage(decision.survivors)
 
-    def _check_indicator(self, event: StageEvent, expected: np.ndarray) -> None:
-        wrong = (event.compared != self.survivors) | (
-            np.abs(event.indicator - expected) > TOLERANCE * self.scale
+    def _take_scores(self, event: ScoresEvent) -> None:
+        self._require_expected(f"the scores line of stage {event.stage}, round {event.round_index}")
+        models = {name.partition("_")[0] for name in event.measures}
+        if models != set(self.strategy.models):
+            raise ValueError(
+                f"it has scores of {', '.join(sorted(models))}; this strategy has those of "
+                f"{', '.join(self.strategy.models)}"
+            )
+        for name, values in event.measures.items():
+            if len(values) != self.stage:
+                raise ValueError(
+                    f"{name} has {len(values)} numbers; a round of stage {self.stage} has "
+                    f"{self.stage} architectures"
+                )
+        self.scored += 1
+
+    def _take_pruning(self, event: PruningEvent) -> None:
+        self._require_expected(f"the pruning line of stage {event.stage}")
+        strategy = self.strategy
+        assert isinstance(strategy, ChildParentPlus)
+        alpha, state = strategy.begin_alpha()
+        alpha, _ = strategy.end_alpha(alpha, state, self.lines)
+        decision = strategy.decide(self.stage, alpha, self.survivors, self.lines)
+        expected = parse_line(decision.line)
+        assert isinstance(expected, PruningEvent)
+        if event.scored != expected.scored:
+            raise ValueError(f"scored is {event.scored}; so far it is {expected.scored}")
+        scale = max(1.0, float(np.abs(expected.effects).max()))
+        if abs(event.reliability - expected.reliability) > TOLERANCE:
+            raise ValueError(
+                f"reliability is {event.reliability!r}; of these scores it must be "
+                f"{expected.reliability!r}"
+            )
+        self._check_table(
+            "effects", event.effects, event.compared, expected.effects, scale, "of these scores"
         )
+        for row, column in np.argwhere((event.dropped != expected.dropped).any(axis=-1)):
+            names = [
+                ", ".join(np.array(OPERATIONS)[mask[row, column]]) or "nothing"
+                for mask in (event.dropped, expected.dropped)
+            ]
+            raise ValueError(
+                f"dropped of {_place(row, column)} is {names[0]}; of these scores it must be "
+                f"{names[1]}"
+            )
+        # Ranked by what an edge gains over having nothing, where that was ever tried.
+        offered = all_survivors(strategy.operations)
+        effects = strategy.credit_of(self.lines).effects
+        least = np.where(offered, effects, np.inf).min(axis=-1, keepdims=True)
+        nothing = effects[..., [_NONE]] if "none" in strategy.operations else least
+        self.worth, self.compared = np.where(offered, effects - nothing, np.nan), offered
+        self.indicator = indicator(dict(zip(CELL_TYPES, effects, strict=True)), offered)
+        self._end_stage(decision.survivors)
+
+    def _check_table(
+        self,
+        name: str,
+        found: np.ndarray,
+        given: np.ndarray,
+        expected: np.ndarray,
+        scale: float,
+        because: str,
+    ) -> None:
+        """Compare a number for each surviving operation of each edge."""
+        wrong = (given != self.survivors) | (np.abs(found - expected) > TOLERANCE * scale)
         for row, column, operation in np.argwhere(wrong):
-            where = f"indicator of {_place(row, column)}, {OPERATIONS[operation]}"
-            if event.compared[row, column, operation] and self.survivors[row, column, operation]:
-                value = float(event.indicator[row, column, operation])
-                right = float(expected[row, column, operation])
-                raise ValueError(f"{where} is {value!r}; by eq. 4.16 it must be {right!r}")
+            where = f"{name} of {_place(row, column)}, {OPERATIONS[operation]}"
             survives = self.survivors[row, column, operation]
+            if given[row, column, operation] and survives:
+                value = float(found[row, column, operation])
+                right = float(expected[row, column, operation])
+                raise ValueError(f"{where} is {value!r}; {because} it must be {right!r}")
             raise ValueError(
                 f"{where} is {'missing' if survives else 'given'}; "
                 f"the operation {'survives' if survives else 'was dropped before'}"

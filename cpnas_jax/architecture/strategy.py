@@ -71,16 +71,33 @@ class Strategy(abc.ABC):
         stage: int,
         alpha: Alpha,
         survivors: np.ndarray,
-        samples: Sequence[Mapping[str, Any]],
+        lines: Sequence[Mapping[str, Any]],
     ) -> Decision:
         """End a stage.
 
         Args:
             stage: K.
-            alpha: after the last round.
+            alpha: of `end_alpha`.
             survivors: bool[2, 14, 8] before.
-            samples: the stage's lines of the history, in their order.
+            lines: of the history so far.
         """
+
+    def is_enough(
+        self, stage: int, survivors: np.ndarray, lines: Sequence[Mapping[str, Any]]
+    ) -> bool:
+        """Tell whether a stage whose rounds are over needs no (more) scored architectures.
+
+        Args:
+            stage: K.
+            survivors: bool[2, 14, 8].
+            lines: of the history so far.
+        """
+        del stage, survivors, lines
+        return True
+
+    def to_score(self, stage: int, number: int, survivors: np.ndarray) -> np.ndarray:
+        """Return architectures int32[n, 2, 14] to be scored together, by their number from 1."""
+        raise NotImplementedError(f"{type(self).__name__} scores what it trains")
 
     def score(self, accuracies: Mapping[str, float]) -> float:
         """Return the score z of a sampled architecture, the child's accuracy."""
@@ -100,6 +117,13 @@ class Strategy(abc.ABC):
     ) -> tuple[Alpha, optax.OptState]:
         """Give alpha what a sampled epoch says: here nothing."""
         del architecture, z, round_index
+        return alpha, state
+
+    def end_alpha(
+        self, alpha: Alpha, state: optax.OptState, lines: Sequence[Mapping[str, Any]]
+    ) -> tuple[Alpha, optax.OptState]:
+        """Give alpha what the end of a stage says: here nothing."""
+        del lines
         return alpha, state
 
 
@@ -171,10 +195,10 @@ class ChildParent(Strategy):
         stage: int,
         alpha: Alpha,
         survivors: np.ndarray,
-        samples: Sequence[Mapping[str, Any]],
+        lines: Sequence[Mapping[str, Any]],
     ) -> Decision:
         """Drop the operation with the smallest indicator (eq. 4.16) on every edge."""
-        del samples
+        del lines
         values = indicator(alpha, survivors)
         remaining, dropped = drop_worst(values, survivors)
         line = stage_line(stage=stage, indicator=values, survivors=survivors, dropped=dropped)
@@ -276,13 +300,13 @@ class RandomSearch(Strategy):
         stage: int,
         alpha: Alpha,
         survivors: np.ndarray,
-        samples: Sequence[Mapping[str, Any]],
+        lines: Sequence[Mapping[str, Any]],
     ) -> Decision:
         """Leave the candidate with the best accuracy after its last epoch; the first of equals."""
         del alpha
         best, accuracy = 1, None
         if self.epochs:
-            last = [line["child_accuracy"] for line in samples if line["sample"] == self.epochs]
+            last = [line["child_accuracy"] for line in lines if line["sample"] == self.epochs]
             best = 1 + int(np.argmax(last))
             accuracy = last[best - 1]
         architecture = self.candidate(best, survivors).architecture

@@ -168,7 +168,7 @@ TAMPERINGS = {
         "line 77: indicator of the normal cell, .* none is given; the operation was dropped",
     ),
     "dropped": (drop_another, "line 17: dropped of the normal cell, edge 2->4 is .* smallest"),
-    "event": (put(0, "event", "stop"), "line 1: event is 'stop'; it must be 'sample', 'stage'"),
+    "event": (put(0, "event", "stop"), "line 1: event is 'stop'; it must be one of sample, stage"),
     "stage number": (put(0, "stage", 7), "line 1: .* stage 7, round 1, sample 1; expected .* 8"),
     "stage type": (put(0, "stage", "8"), "line 1: stage is '8'; it must be an integer from 1"),
     "bool": (put(0, "round", True), "line 1: round is True"),

@@ -52,6 +52,7 @@ def scripted():
 
 def longer(directory):
     config = config_in(directory)
+    config.network.auxiliary = False
     config.train.update(epochs=5, evaluate_every=2)
     config.runtime.keep_checkpoints = 10
     return config

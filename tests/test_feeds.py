@@ -21,8 +21,6 @@ from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.train import train
 from cpnas_jax.trainer import EpochSums, Trainer, network_settings
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SIZE = 8
 BATCH = 16
 

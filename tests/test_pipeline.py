@@ -21,8 +21,6 @@ from cpnas_jax.pipeline import pipeline
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 # As little to compile as there can be; the 1-bit convolutions are those before the edges.
 POOLS = {
     (0, 2): "max_pool_3x3",
@@ -85,7 +83,7 @@ def run(config, workdir):
 
 
 @pytest.fixture(scope="module")
-def finished(data, compiled_once, tmp_path_factory):
+def finished(data, tmp_path_factory):
     """A finished run: (its directory, what it said)."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     put_search(small_config(), workdir)

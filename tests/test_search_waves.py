@@ -21,8 +21,6 @@ from cpnas_jax.runtime.interruptions import Stopped
 from cpnas_jax.search import search
 from cpnas_jax.search_networks import EpochSums, Networks
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 CHOICES = ("none", "skip_connect", "sep_conv_3x3")
 
 

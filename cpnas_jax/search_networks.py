@@ -159,7 +159,7 @@ class Networks:
                 total_steps=total_steps,
             )
         )
-        self._init = jax.jit(self._initial_model)
+        self._init = jax.jit(self._initial_model, compiler_options=self._compiler_options)
         self._check_memory()
         self._step = StepSettings(
             supernet=self._settings,

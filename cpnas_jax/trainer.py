@@ -208,7 +208,7 @@ class Trainer:
         """Return the state before the first step, in host memory."""
         key = jax.random.key(self._config.seed)
         own = CHILD_KEY if self._settings.binary else FLOAT_KEY
-        make = jax.jit(self._make_state)
+        make = jax.jit(self._make_state, compiler_options=self._compiler_options)
         return jax.device_get(make(weights_key(key, own), weights_key(key, SIDE_KEY)))
 
     def _make_state(self, key: jax.Array, side: jax.Array) -> TrainState:

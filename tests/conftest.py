@@ -34,18 +34,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in _LONG)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def compiled_once(tmp_path_factory):
-    """Each trainer compiles its own programs; equal ones come from a cache of the test's file."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    # Without a reset JAX keeps to the first directory that it used.
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
+    """Each trainer compiles its own programs; equal ones come from a cache of the test's process.
+
+    Of the process, since JAX writes to a cache without regard to others that read.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Had anything been compiled before, JAX would keep to having no cache.
+    compilation_cache.reset_cache()

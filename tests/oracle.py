@@ -1,4 +1,7 @@
-"""A search whose networks are stood in for: what it asks of them and does with the answers."""
+"""A search whose networks are stood in for: what it asks of them and does with the answers.
+
+Nothing is drawn, which would take most of its time; figures have tests of their own.
+"""
 
 import io
 
@@ -6,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from cpnas_jax import config as configs
+from cpnas_jax import figures
 from cpnas_jax import search as search_module
 from cpnas_jax.architecture.events import parse_history
 from cpnas_jax.data.datasets import Split
@@ -22,7 +26,7 @@ TOTAL = 5 + 4 + 3 + 2
 
 
 def replace_data(patch):
-    """Let a search read forty grey images in place of a data set."""
+    """Let a search read forty grey images in place of a data set, and draw nothing."""
     generator = np.random.default_rng(0)
     split = Split(
         generator.integers(0, 256, (40, 4, 4, 1), np.uint8),
@@ -32,6 +36,8 @@ def replace_data(patch):
         "greys",
     )
     patch.setattr(search_module, "load_split", lambda *_: split)
+    for name in ("draw_cells", "draw_accuracies"):
+        patch.setattr(figures, name, lambda *_: [])
 
 
 class Oracle:

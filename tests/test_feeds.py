@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import photos
 import pytest
+from one_cell import GENOTYPE
 from rich.console import Console
 
 from cpnas_jax import config as configs
 from cpnas_jax import feeds
-from cpnas_jax.architecture.named import named_genotype
 from cpnas_jax.data import views
 from cpnas_jax.models.network import Network
 from cpnas_jax.runtime import parallel, stall
@@ -20,8 +20,6 @@ from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.train import train
 from cpnas_jax.trainer import EpochSums, Trainer, network_settings
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SIZE = 8
 BATCH = 16
@@ -31,13 +29,14 @@ BATCH = 16
 def root(tmp_path_factory):
     directory = tmp_path_factory.mktemp("photos")
     photos.prepare(directory, num_shards=2)
+    GENOTYPE.save(directory / "cells.json")
     return directory
 
 
 @pytest.fixture
 def config(root):
     config = configs.base_config()
-    config.genotype = "BNAS_XNOR_1"
+    config.genotype = str(root / "cells.json")
     config.dataset.update(name="photos", data_dir=str(root), image_size=SIZE, stream=True)
     config.dataset.update(crop_padding=0, cutout=0, color_jitter=0.4, central_crop=1.0)
     config.network.update(cells=1, channels=4, drop_path=0.0, auxiliary=False)
@@ -62,8 +61,7 @@ def history(workdir):
 
 def trainer_of(config):
     feed = feeds.open_feed(config)
-    genotype = named_genotype(config.genotype)
-    settings = network_settings(config, genotype, feed.facts.num_classes, binary=True)
+    settings = network_settings(config, GENOTYPE, feed.facts.num_classes, binary=True)
     return Trainer(config, settings, feed), feed
 
 

@@ -22,9 +22,8 @@ def _data(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory, compiled_once):
+def trainer(tmp_path_factory):
     """A child after a first step; the diagnosis is compiled once."""
-    del compiled_once
     with pytest.MonkeyPatch.context() as patch:
         replace_data(patch)
         trainer = trainer_of(config_in(tmp_path_factory.mktemp("child")))

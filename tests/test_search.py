@@ -27,7 +27,8 @@ from cpnas_jax.search import search
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
-    *("--config.search.examples=640", "--config.search.cells=2", "--config.search.reductions=(1,)"),
+    # A reduction cell, whose edges have both strides; a normal one is searched below.
+    *("--config.search.examples=640", "--config.search.cells=1", "--config.search.reductions=(0,)"),
     "--config.search.operations=('none','skip_connect','sep_conv_3x3')",
     "--config.search.edge_policy=all",
     "--config.runtime.optimization_level=0",  # compiling takes longer than these searches
@@ -193,7 +194,7 @@ def small_config(data_dir, name="mnist5k"):
     config.dataset.data_dir = str(data_dir)
     configs.shrink(config)
     operations = ("none", "skip_connect", "sep_conv_3x3")
-    config.search.update(operations=operations, cells=2, reductions=(1,))
+    config.search.update(operations=operations, cells=1, reductions=())
     config.runtime.optimization_level = 0
     return config
 

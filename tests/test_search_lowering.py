@@ -22,12 +22,12 @@ def part(n, size):
     return Split(np.zeros((n, size, size, 3), np.uint8), labels, CLASSES, tuple("abcde"), "blank")
 
 
-def small_config():
-    """Both kinds of cells, both strides, all operations; the child's optimizer is another."""
+def small_config(child_optimizer):
+    """Both kinds of cells, both strides, all operations."""
     config = configs.base_config()
     config.dataset.crop_padding = 1
-    config.search.update(cells=2, channels=4, reductions=(1,), child_optimizer="adam")
-    config.search.update(batch_size=16, score_batch_size=16)
+    config.search.update(cells=2, channels=4, reductions=(1,))
+    config.search.update(batch_size=16, score_batch_size=16, child_optimizer=child_optimizer)
     return config
 
 
@@ -44,6 +44,7 @@ def check_search(patch, config, image_size, channels):
     arguments = (state, networks._examples["train"], call)
     train = lowerings.lowered_for_tpu(networks._train, *arguments)
     lowerings.check_program(train)
+    assert "stablehlo.case" in train.mlir_module()  # the choice is left to the device
     lowerings.check_gradients(train, model.params)
     lowerings.check_depthwise(train, channels, backward=True)
     if jax.device_count() == 1:
@@ -58,10 +59,11 @@ def check_search(patch, config, image_size, channels):
     lowerings.check_depthwise(score, channels, backward=False)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_a_search_lowers_for_tpu(monkeypatch, devices):
+# The child's optimizer is that of the parent, or another.
+@pytest.mark.parametrize(("devices", "child_optimizer"), [(1, "sgd"), (8, "adam")])
+def test_a_search_lowers_for_tpu(monkeypatch, devices, child_optimizer):
     lowerings.use_devices(monkeypatch, devices)
-    check_search(monkeypatch, small_config(), 8, {4, 8})
+    check_search(monkeypatch, small_config(child_optimizer), 8, {4, 8})
 
 
 @pytest.mark.slow

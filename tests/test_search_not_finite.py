@@ -25,8 +25,7 @@ def part(n):
 
 
 @pytest.fixture(scope="module")
-def networks(compiled_once):
-    del compiled_once
+def networks():
     config = configs.base_config()
     config.search.update(cells=1, channels=2, reductions=(), batch_size=8, score_batch_size=8)
     config.search.update(operations=("none", "skip_connect", "dil_conv_3x3"))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import QUICK, random_architecture
-from jax import export
 from path_cases import (
     CLASSES,
     NETWORK,
@@ -312,32 +311,3 @@ def test_scores_are_right_answers_and_the_logarithm_of_their_probability(score, 
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = np.log(probabilities[np.arange(SCORED), labels]).sum()
     np.testing.assert_allclose(found["log_likelihood"], expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("child_optimizer", ["adam", "sgd"])
-def test_the_pmapped_programs_lower_for_tpu(child_optimizer):
-    """With everything in them: crop, order, optimizer, collectives, on eight devices."""
-    operations = dataclasses.replace(NETWORK.operations, formulation="native")
-    network = dataclasses.replace(NETWORK, operations=operations)
-    optimizer = PathOptimizer(dataclasses.replace(OPTIMIZER, child_optimizer=child_optimizer))
-    params = shapes()
-    state = ModelState(params, jax.eval_shape(optimizer.init, params))
-
-    def on_devices(tree):
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((DEVICES, *leaf.shape), leaf.dtype), tree
-        )
-
-    examples = on_devices(random_examples(TRAINING, 7))
-    call = on_devices(call_of(random_architecture(0)))
-    train_call = make_train_call(dataclasses.replace(STEP, supernet=network), optimizer)
-    score_call = make_score_call(network, SCORED, BATCH, Shards(DEVICES))
-    for function, first in (
-        (pmap_donated(train_call), state),
-        (pmap_kept(score_call), params),
-    ):
-        exported = export.export(jax.jit(function), platforms=["tpu"])(
-            on_devices(first), examples, call
-        )
-        assert (exported.platforms, exported.nr_devices) == (("tpu",), DEVICES)
-        assert "stablehlo.all_reduce" in exported.mlir_module()

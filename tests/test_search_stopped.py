@@ -26,14 +26,32 @@ def handlers():
         yield
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("model", [CHILD, PARENT])
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A search without a signal: (genotype, requests, history without durations)."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        replace_data(patch)
+        genotype, _ = run(patch, workdir)
+    return genotype, Oracle.last.requests, history(workdir)
+
+
+def history(workdir):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(workdir)]
+
+
+@pytest.mark.parametrize(
+    ("number", "model", "step"),
+    [
+        (signal.SIGTERM, CHILD, 1),
+        (signal.SIGINT, CHILD, 3),
+        (signal.SIGINT, PARENT, 1),
+        (signal.SIGTERM, PARENT, 3),
+    ],
+)
 def test_a_signal_saves_in_the_middle_of_a_sampled_epoch(
-    monkeypatch, tmp_path, handlers, capfd, number, model, step
+    monkeypatch, tmp_path, handlers, capfd, undisturbed, number, model, step
 ):
-    undisturbed, _ = run(monkeypatch, tmp_path / "undisturbed")
-    requests = Oracle.last.requests
 
     class Signalled(Oracle):
         def train(self, own, architectures, epoch, sums):
@@ -46,17 +64,14 @@ def test_a_signal_saves_in_the_middle_of_a_sampled_epoch(
 
     where = f"in sampled epoch 5 of {TOTAL}, after step {step} of the {model}"
     with pytest.raises(Stopped, match=where):
-        run(monkeypatch, tmp_path / "run", Signalled)
+        run(monkeypatch, tmp_path, Signalled)
     assert "once more stops at once" in capfd.readouterr().err
     before = Oracle.last.requests
-    genotype, said = run(monkeypatch, tmp_path / "run")
+    genotype, said = run(monkeypatch, tmp_path)
+    expected, requests, expected_history = undisturbed
     assert f"Resumed {where}." in said
-    assert genotype == undisturbed
-    histories = [
-        [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / name)]
-        for name in ("run", "undisturbed")
-    ]
-    assert histories[0] == histories[1]
+    assert genotype == expected
+    assert history(tmp_path) == expected_history
     # Nothing is done twice; a training that goes on asks again.
     for first, second in zip(before + Oracle.last.requests, requests, strict=True):
         assert first[:2] == second[:2]
@@ -98,7 +113,7 @@ def test_waves_of_a_round_are_credited_in_its_order(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("paths", [3, 2])
-def test_a_wave_is_finished_by_as_many_groups(monkeypatch, tmp_path, handlers, paths):
+def test_a_wave_is_finished_by_as_many_groups(monkeypatch, tmp_path, handlers, undisturbed, paths):
     class Signalled(Together):
         def train(self, own, architectures, epoch, sums):
             stop = super().train(own, architectures, epoch, sums)
@@ -109,11 +124,11 @@ def test_a_wave_is_finished_by_as_many_groups(monkeypatch, tmp_path, handlers, p
             return stop
 
     with pytest.raises(Stopped, match=f"in sampled epoch 4 of {TOTAL}, after step 2 of the parent"):
-        run(monkeypatch, tmp_path / "run", Signalled)
+        run(monkeypatch, tmp_path, Signalled)
     monkeypatch.setattr(Oracle, "paths", paths)
     if paths == 2:
         with pytest.raises(UserError, match=r"3 architectures were .* these devices train 2"):
-            run(monkeypatch, tmp_path / "run")
+            run(monkeypatch, tmp_path)
     monkeypatch.setattr(Oracle, "paths", 3)
-    genotype, _ = run(monkeypatch, tmp_path / "run")
-    assert genotype == run(monkeypatch, tmp_path / "undisturbed")[0]
+    genotype, _ = run(monkeypatch, tmp_path)
+    assert genotype == undisturbed[0]

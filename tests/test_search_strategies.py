@@ -45,7 +45,6 @@ def test_child_trains_no_parent(monkeypatch, tmp_path):
     assert all(line["z"] == line["child_accuracy"] for line in samples)
     assert "steps of the child." in said
     assert dict(genotype.provenance)["strategy"] == "child"
-    assert (tmp_path / "accuracies.svg").exists()
 
 
 def test_random_reads_no_data_and_trains_nothing(monkeypatch, tmp_path):
@@ -63,7 +62,7 @@ def test_random_reads_no_data_and_trains_nothing(monkeypatch, tmp_path):
 def test_a_random_search_trains_each_candidate_from_fresh_weights(monkeypatch, tmp_path):
     draws.clear()
     # 28 epochs in all, 5 of each candidate.
-    genotype, _ = run(monkeypatch, tmp_path, Remembers, strategy="random_search", candidates=5)
+    run(monkeypatch, tmp_path, Remembers, strategy="random_search", candidates=5)
     assert draws == [(epoch, epoch // 5) for epoch in range(25)]
     samples, (choice,) = events(tmp_path, "sample"), events(tmp_path, "choice")
     best = max(samples, key=lambda line: line["child_accuracy"])
@@ -73,8 +72,6 @@ def test_a_random_search_trains_each_candidate_from_fresh_weights(monkeypatch, t
         own = [line["architecture"] for line in samples if line["round"] == candidate]
         assert len(own) == 5
         assert all(architecture == own[0] for architecture in own)
-    names = [genotype.architecture().tolist()]
-    assert names
 
 
 @pytest.mark.parametrize("epoch", [3, 4, 5])

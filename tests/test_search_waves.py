@@ -14,12 +14,11 @@ from cpnas_jax import search_networks
 from cpnas_jax.data.datasets import Split
 from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.models.space import OPERATIONS, PARENT
+from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.interruptions import Stopped
 from cpnas_jax.search import search
 from cpnas_jax.search_networks import EpochSums, Networks
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 CHOICES = ("none", "skip_connect", "sep_conv_3x3")
 
@@ -64,6 +63,12 @@ def test_a_search_that_is_stopped_within_a_wave_ends_bitwise_the_same(monkeypatc
             run(tmp_path / "run")
     assert "Resumed in sampled epoch 3 of 5" in run(tmp_path / "run")
     assert search_outcome(tmp_path / "run") == search_outcome(tmp_path / "undisturbed")
+
+
+def test_the_weights_are_made_at_the_optimization_level_too(monkeypatch, data):
+    monkeypatch.setattr(environment, "compiler_options", lambda level: {f"xla_level_{level}": 1})
+    with pytest.raises(RuntimeError, match="xla_level_0"):
+        Networks(config_of(), data, data, 5, 0.0).initial_state()
 
 
 @pytest.mark.slow

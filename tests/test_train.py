@@ -39,8 +39,6 @@ from cpnas_jax.runtime.packing import digest
 from cpnas_jax.runtime.parallel import replicate
 from cpnas_jax.trainer import EpochSums, network_settings
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def data():

@@ -22,8 +22,6 @@ from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.packing import digest
 from cpnas_jax.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def data():
@@ -52,13 +50,14 @@ def scripted():
 
 def longer(directory):
     config = config_in(directory)
+    config.network.auxiliary = False
     config.train.update(epochs=5, evaluate_every=2)
     config.runtime.keep_checkpoints = 10
     return config
 
 
 @pytest.fixture(scope="module")
-def kept(scripted, compiled_once, data, tmp_path_factory):
+def kept(scripted, data, tmp_path_factory):
     """A directory with the run, whose evaluations are not at every epoch."""
     directory = tmp_path_factory.mktemp("kept")
     run(longer(directory), directory / "run")

@@ -141,7 +141,6 @@ def contents(workdir):
     return [{k: v for k, v in entry.items() if k not in timed} for entry in (results, *lines)]
 
 
-@pytest.mark.usefixtures("compiled_once")
 def test_a_stream_goes_on_under_a_higher_limit(monkeypatch, tmp_path, capsys):
     """It stops in its first epoch, and then ends as one that was never stopped."""
     directory = photos.prepare(tmp_path / "data")
@@ -184,7 +183,6 @@ def halves(_):
     return np.full(3, 0.5, np.float32), np.full(3, 0.5, np.float32)
 
 
-@pytest.mark.usefixtures("compiled_once")
 def test_a_set_in_memory_is_trained_on_without_them(monkeypatch, tmp_path, capsys, caplog):
     directory = stand_in.prepare(stand_in.Cifar10, tmp_path / "data")
     spoil(directory, "train", [5, 6])

@@ -65,6 +65,7 @@ def test_a_training_on_a_stream_lowers_for_tpu(config, monkeypatch, tmp_path):
     lowerings.use_devices(monkeypatch, 8)
     use_photos(config, tmp_path, 32)
     config.dataset.color_jitter = 0.4
+    config.network.auxiliary = False
     check_training(monkeypatch, config, GENOTYPE, False, {8})
 
 

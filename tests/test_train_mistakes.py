@@ -23,8 +23,6 @@ from small_training import GENOTYPE, Command, refusal
 from cpnas_jax.models import losses
 from cpnas_jax.runtime import environment, parallel
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -36,7 +34,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(files, compiled_once, tmp_path_factory):
+def trained(files, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         assert Command(patch, files)("train", workdir) == 0

@@ -28,6 +28,12 @@ def test_a_float_network_has_no_part_with_real_weights(config):
     assert not trainer_of(config, binary=False).real_weights(0)
 
 
+def test_the_weights_are_made_at_the_optimization_level_too(config, monkeypatch):
+    monkeypatch.setattr(environment, "compiler_options", lambda level: {f"xla_level_{level}": 1})
+    with pytest.raises(RuntimeError, match="xla_level_0"):
+        trainer_of(config).initial_state()
+
+
 @pytest.mark.parametrize(
     ("binary", "beside", "words"),
     [

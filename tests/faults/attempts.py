@@ -15,7 +15,7 @@ from outcomes import LOGS
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATIENCE = 600.0
-"""Seconds after which a run that neither works nor ends is taken for one that hangs."""
+"""Seconds without a word or a line of the log, after which a run is taken for one that hangs."""
 LINGERING = 20.0
 """Seconds in which all processes of a run must follow the one that was started."""
 MARK = "CPNAS_JAX_FAULTS"
@@ -95,9 +95,12 @@ class Attempt:
 
     def wait_for(self, condition):
         """Wait until a condition holds or it has ended; return whether it still runs."""
-        deadline = time.monotonic() + PATIENCE
+        progress = deadline = None
         while self.process.poll() is None and not condition():
-            if time.monotonic() > deadline:
+            before, progress = progress, (self.output.stat().st_size, self.lines())
+            if progress != before:
+                deadline = time.monotonic() + PATIENCE
+            elif time.monotonic() > deadline:
                 raise Failure(f"nothing happened in {PATIENCE:.0f} s", self)
             time.sleep(0.02)
         return self.process.poll() is None
@@ -126,10 +129,11 @@ class Attempt:
     def end(self):
         """Wait for its end; return its status. Nothing of it may be left."""
         try:
-            status = self.process.wait(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
+            self.wait_for(lambda: False)
+        except Failure:
             self.kill_all()
-            raise Failure("it does not end", self) from None
+            raise
+        status = self.process.wait()
         deadline = time.monotonic() + LINGERING
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)

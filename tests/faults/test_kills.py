@@ -37,7 +37,9 @@ if fault == "leaves a child":
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], stdout=2)
 # However late the kills come, it is not over before the start after the last.
 while number < total or not last.exists():
-    time.sleep(0.01)
+    time.sleep(0.07 if fault == "takes its time" else 0.01)
+    if fault == "hangs" and number == 9:
+        continue
     if stop:
         sys.exit(1 if fault == "fails when stopped" else 75)
     if number == total:
@@ -110,6 +112,19 @@ def test_a_process_that_is_left_is_seen_and_ended(killed, monkeypatch):
     assert "processes are left" in result["failures"][0]
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert "time.sleep(100)" not in listed.stdout
+
+
+def test_a_run_that_works_longer_than_one_waits_for_a_hanging_one(killed, monkeypatch):
+    monkeypatch.setattr(attempts, "PATIENCE", 1.5)
+    result, _ = killed("takes its time", kills=0)
+    assert result["failures"] == []
+    assert result["work_seconds"] > attempts.PATIENCE
+
+
+def test_a_run_that_hangs_is_seen(killed, monkeypatch):
+    monkeypatch.setattr(attempts, "PATIENCE", 1.5)
+    result, _ = killed("hangs", kills=0)
+    assert "nothing happened in 2 s; its output ends with: " in result["failures"][0]
 
 
 def test_a_run_that_ends_too_soon_is_seen(killed, monkeypatch):

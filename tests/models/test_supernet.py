@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draws import QUICK, random_architecture
-from jax import export
 from unrolled import (
     CLASSES,
     DIRECTION,
@@ -355,18 +354,3 @@ def test_gradients_under_pmap_and_vmap(results, network):
         got = mapped(params, images, architectures, flags)
         for i, expected in enumerate(results):
             close(jax.tree.map(lambda leaf, i=i: leaf[i], got), expected)
-
-
-def test_gradient_step_lowers_for_tpu():
-    operations = OperationSettings(formulation="native")
-    settings = SupernetSettings(2, 4, (1,), CLASSES, operations)
-    step = jax.jit(functools.partial(scanned, settings=settings))
-    arguments = (
-        shapes_of(settings),
-        jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32),
-        jax.ShapeDtypeStruct((2, NUM_EDGES), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.bool_),
-    )
-    exported = export.export(step, platforms=["tpu"])(*arguments)
-    assert exported.platforms == ("tpu",)
-    assert "stablehlo.case" in exported.mlir_module()  # the choice is left to the device

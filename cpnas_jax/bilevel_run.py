@@ -11,12 +11,12 @@ from cpnas_jax.architecture.events import epoch_line
 from cpnas_jax.architecture.gradient import GradientRule
 from cpnas_jax.architecture.sampling import all_survivors
 from cpnas_jax.bilevel_networks import BilevelNetworks, BilevelSums
+from cpnas_jax.decision_text import decision_text
 from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.checkpoints import Checkpoints, Restored
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.workdir import Workdir
 from cpnas_jax.search_run import SearchRun
-from cpnas_jax.search_text import decision_text
 
 
 class BilevelRun(SearchRun):
@@ -39,6 +39,16 @@ class BilevelRun(SearchRun):
         self.rule, self.total = rule, rule.epochs
         self._epoch, self._seconds, self._sums = 0, 0.0, BilevelSums()
         self._survivors = all_survivors(rule.operations)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Return the strategy's models."""
+        return self.networks.models
+
+    def plan(self) -> str:
+        """Say when alpha moves, and how often operations are dropped."""
+        drops = f", {len(self.rule.stage_ends())} drops" if self.rule.drops else ""
+        return f"epochs (alpha moves after {self.networks.warmup}{drops})"
 
     @property
     def epoch(self) -> int:

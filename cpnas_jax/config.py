@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from cpnas_jax.architecture.sampling import num_paths, num_sampled_epochs
-from cpnas_jax.config_rules import MODES, RULES
+from cpnas_jax.config_rules import MODES, RULES, check_gradient_strategy
 from cpnas_jax.models.space import MODELS, OPERATIONS
 from cpnas_jax.runtime.errors import UserError
 
@@ -86,6 +86,20 @@ def base_config() -> config_dict.ConfigDict:
     search.gradient_clip = 5.0  # global norm [kin]
     search.child_optimizer = "sgd"  # as the parent [kin]; adam learns faster at 1 bit [ours]
     search.child_learning_rate = 0.1  # as the parent [kin]; about 0.002 with adam [ours]
+    # The gradient strategies: darts, pc_darts (its switches are of it alone) and cp_gradient.
+    search.epochs = 50  # of the whole search; learning rates go to 0 over them [kin]
+    search.alpha_learning_rate = 6e-4  # of alpha's Adam; DARTS has 3e-4, PC-DARTS this [kin]
+    search.alpha_weight_decay = 1e-3  # of alpha [kin]
+    search.alpha_warmup = 15  # epochs in which alpha does not move; darts has none [kin]
+    search.gradient_model = "child"  # that darts and pc_darts train: what is searched for [ours]
+    search.second_order = False  # alpha also counts what it changes in the weights, as DARTS [kin]
+    search.partial_channels = 4  # of pc_darts: operations see C // 4 channels [kin]
+    search.edge_normalisation = True  # of pc_darts: a node weights its incoming edges [kin]
+    # Of cp_gradient, in -(w_P * LL_P + w_C * LL_C) [ours]. Eq. 4.15 with beta_P = 2 would be 2 and
+    # -1: a child that is worse would then count as better, and a gradient finds that.
+    search.child_weight = 0.5  # w_C [ours]
+    search.parent_weight = 0.5  # w_P [ours]
+    search.gate_temperature = 1.0  # of cp_gradient's gates; GDAS goes from 10 to 0.1 [ours]
     search.edge_policy = "all"  # all 14 edges as Algorithm 9 prints it [paper], or top2 [kin]
 
     config.network = network = config_dict.ConfigDict()
@@ -228,6 +242,9 @@ def shrink(config: config_dict.ConfigDict) -> None:
         batch_size=32,
         score_batch_size=32,
         separable_repeats=1,
+        epochs=4,
+        alpha_warmup=1,
+        partial_channels=2,
     )
     config.network.update(cells=3, channels=4, separable_repeats=1)
     config.train.update(epochs=2, batch_size=32, evaluate_every=1, warmup_epochs=0)
@@ -344,6 +361,7 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
             f"config.search.reductions is {tuple(search.reductions)!r}; with "
             f"config.search.cells={search.cells} positions are 0 to {search.cells - 1}"
         )
+    check_gradient_strategy(search)
     for name in ("warmup_epochs", "real_weights_epochs"):
         if config.train[name] >= config.train.epochs:
             raise UserError(

@@ -6,18 +6,22 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ml_collections import config_dict
+
 from cpnas_jax.architecture.genotype import EDGE_POLICIES
 from cpnas_jax.architecture.plus import MEASURES
 from cpnas_jax.models.binarize import ESTIMATORS, PAD_VALUES, WEIGHT_SCALES
 from cpnas_jax.models.blocks import Levers
 from cpnas_jax.models.layers import FORMULATIONS
 from cpnas_jax.models.network import STEMS
-from cpnas_jax.models.space import OPERATIONS
+from cpnas_jax.models.space import MODELS, OPERATIONS
 from cpnas_jax.runtime.errors import UserError
 
 MODES = ("pipeline", "search", "train", "evaluate", "summary", "compare")
 OPTIMIZERS = ("sgd", "adam")
-STRATEGIES = ("cp", "cp_plus", "child", "random", "random_search")
+GRADIENT_STRATEGIES = ("darts", "pc_darts", "cp_gradient")
+"""In these alpha has a gradient; see `bilevel_step`."""
+STRATEGIES = ("cp", "cp_plus", "child", "random", "random_search", *GRADIENT_STRATEGIES)
 PARALLEL = ("data", "path")
 PRECISIONS = ("binary", "float")
 
@@ -169,6 +173,17 @@ RULES = {
     "search.gradient_clip": _number(0, open_low=True),
     "search.child_optimizer": _one_of(OPTIMIZERS),
     "search.child_learning_rate": _number(0, 1000, open_low=True),
+    "search.epochs": _integer(1),
+    "search.gradient_model": _one_of(MODELS),
+    "search.second_order": _boolean(),
+    "search.partial_channels": _integer(1, 4096),
+    "search.edge_normalisation": _boolean(),
+    "search.alpha_learning_rate": _number(0, 1000, open_low=True),
+    "search.alpha_weight_decay": _number(0),
+    "search.alpha_warmup": _integer(0),
+    "search.child_weight": _number(-100, 100),
+    "search.parent_weight": _number(-100, 100),
+    "search.gate_temperature": _number(0, 1000, open_low=True),
     "search.edge_policy": _one_of(EDGE_POLICIES),
     "binarizer.activation_estimator": _one_of(ESTIMATORS),
     "binarizer.weight_estimator": _one_of(ESTIMATORS),
@@ -203,3 +218,42 @@ def check_fits_images(key: str, value: int, image_shape: tuple[int, ...]) -> Non
     side = min(image_shape[:2])
     if value > side:
         raise UserError(f"{key} is {value}; it must be at most {side}, the images' pixels a side")
+
+
+def check_gradient_strategy(search: config_dict.ConfigDict) -> None:
+    """Check the keys of a gradient strategy against each other; of others nothing.
+
+    Raises:
+        UserError: the first bad key, its value and what would be right.
+    """
+    strategy = search.strategy
+    if strategy not in GRADIENT_STRATEGIES:
+        return
+    if search.parallel != "data":
+        raise UserError(
+            f"config.search.parallel is {search.parallel!r}; with config.search.strategy="
+            f"{strategy}, whose devices share each step, it must be data"
+        )
+    if strategy != "darts" and search.alpha_warmup >= search.epochs:
+        raise UserError(
+            f"config.search.alpha_warmup is {search.alpha_warmup}; it must be below "
+            f"config.search.epochs={search.epochs}"
+        )
+    if strategy == "cp_gradient" and search.epochs - search.alpha_warmup < (
+        len(search.operations) - 1
+    ):
+        raise UserError(
+            f"config.search.epochs is {search.epochs}; after {search.alpha_warmup} epochs of "
+            f"config.search.alpha_warmup at least {len(search.operations) - 1} must follow, one "
+            "for each operation that is dropped"
+        )
+    if strategy == "pc_darts" and search.channels % search.partial_channels:
+        raise UserError(
+            f"config.search.partial_channels is {search.partial_channels}; it must divide "
+            f"config.search.channels={search.channels}"
+        )
+    if strategy == "cp_gradient" and search.second_order:
+        raise UserError(
+            "config.search.second_order is True; with config.search.strategy=cp_gradient it must "
+            "be False: only the strategies of a single mixture, darts and pc_darts, have it"
+        )

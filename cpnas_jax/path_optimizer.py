@@ -43,6 +43,17 @@ class OptimizerSettings:
     total_steps: int
 
 
+def update_rules(settings: OptimizerSettings) -> dict[str, optax.GradientTransformation]:
+    """Return the rules by model, without clip and rate; the child's only if it has its own."""
+    sgd = optax.chain(
+        optax.add_decayed_weights(settings.weight_decay), optax.trace(settings.momentum)
+    )
+    rules = {PARENT: sgd}
+    if settings.child_optimizer == "adam":
+        rules[CHILD] = optax.scale_by_adam()
+    return rules
+
+
 class PathOptimizer:
     """Clip, then SGD or Adam for shared parameters and for the sampled operations, cosine rate.
 
@@ -53,12 +64,7 @@ class PathOptimizer:
     def __init__(self, settings: OptimizerSettings) -> None:
         self._settings = settings
         self._clip = optax.clip_by_global_norm(settings.gradient_clip)
-        sgd = optax.chain(
-            optax.add_decayed_weights(settings.weight_decay), optax.trace(settings.momentum)
-        )
-        self._rules = {PARENT: sgd}
-        if settings.child_optimizer == "adam":
-            self._rules[CHILD] = optax.scale_by_adam()
+        self._rules = update_rules(settings)
         self._schedule = optax.cosine_decay_schedule(1.0, settings.total_steps)
 
     def init(self, params: Params) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ml_collections import config_dict
 from cpnas_jax.architecture.events import sample_line, scores_line
 from cpnas_jax.architecture.sampling import LAST_STAGE, all_survivors
 from cpnas_jax.architecture.strategy import Strategy
+from cpnas_jax.decision_text import decision_text
 from cpnas_jax.models.space import CHILD, PARENT
 from cpnas_jax.runtime import processes, stall
 from cpnas_jax.runtime.checkpoints import Checkpoints, Restored
@@ -20,7 +21,6 @@ from cpnas_jax.runtime.workdir import Workdir
 from cpnas_jax.search_networks import Networks
 from cpnas_jax.search_run import SearchRun
 from cpnas_jax.search_state import Position, Progress, Underway
-from cpnas_jax.search_text import decision_text
 
 
 class SampledRun(SearchRun):
@@ -46,6 +46,15 @@ class SampledRun(SearchRun):
             all_survivors(strategy.operations),
             *strategy.begin_alpha(),
         )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Return the strategy's models."""
+        return self.strategy.models
+
+    def plan(self) -> str:
+        """Say what the strategy does."""
+        return f"sampled epochs ({self.strategy.describe()})"
 
     @property
     def epoch(self) -> int:

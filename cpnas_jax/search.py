@@ -9,12 +9,13 @@ from ml_collections import config_dict
 
 from cpnas_jax import figures
 from cpnas_jax.architecture.genotype import Genotype
-from cpnas_jax.architecture.replay import replay
 from cpnas_jax.architecture.sampling import all_survivors
-from cpnas_jax.architecture.strategy import Strategy
+from cpnas_jax.bilevel_networks import BilevelNetworks
+from cpnas_jax.bilevel_run import BilevelRun
 from cpnas_jax.config import config_hash, deciding_keys, flatten
 from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
 from cpnas_jax.data.undecodable import tell_skipped
+from cpnas_jax.decision_text import decision_text
 from cpnas_jax.runtime import environment, processes, stall
 from cpnas_jax.runtime.checkpoints import Checkpoints, holds_checkpoints
 from cpnas_jax.runtime.console import Reporter
@@ -23,8 +24,9 @@ from cpnas_jax.runtime.workdir import History, Workdir
 from cpnas_jax.sampled_run import SampledRun
 from cpnas_jax.search_networks import Networks
 from cpnas_jax.search_results import finish
-from cpnas_jax.search_text import decision_text, plan_text
-from cpnas_jax.strategies import sampled_strategy
+from cpnas_jax.search_run import SearchRun
+from cpnas_jax.search_text import plan_text
+from cpnas_jax.strategies import gradient_rule, has_gradient, replayed, sampled_strategy
 
 
 def search(
@@ -58,9 +60,8 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         reporter.say(figures.cell_tables(genotype))
         return genotype
 
-    strategy = sampled_strategy(config)
-    if not strategy.total:
-        return _without_training(config, directory, reporter, strategy)
+    if config.search.strategy == "random":
+        return _without_training(config, directory, reporter)
     dataset = config.dataset
     # The first process may have to prepare what the others read.
     with stall.waiting("the data to be read"):
@@ -79,25 +80,35 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
     split = limit_examples(split, config.search.examples, config.seed, "search.examples")
     fraction = config.search.validation_fraction
     train, validation = train_validation_parts(split, fraction, config.seed)
-    networks = Networks(config, train, validation, strategy.schedule, started, strategy.models)
     checkpoints = Checkpoints(
         directory.path / "search" / "checkpoints", config.runtime.keep_checkpoints
     )
     flops = None
     with checkpoints:
-        run = SampledRun(config, networks, directory, checkpoints, reporter, undecodable, strategy)
-        reporter.say(plan_text(config, train, validation, strategy, networks))
+        shared = (directory, checkpoints, reporter, undecodable)
+        run: SearchRun
+        if has_gradient(config):
+            rule = gradient_rule(config)
+            bilevel = BilevelNetworks(config, train, validation, rule.epochs, started)
+            run = BilevelRun(config, bilevel, *shared, rule)
+        else:
+            strategy = sampled_strategy(config)
+            networks = Networks(
+                config, train, validation, strategy.schedule, started, strategy.models
+            )
+            run = SampledRun(config, networks, *shared, strategy)
+        reporter.say(plan_text(config, train, validation, run))
         run.resume_or_start()
         run.go_on()
         if config.mode == "compare":
             reporter.log("counting the operations of the programs")
-            flops = networks.flops(run.epoch, run.num_scored())
+            flops = run.networks.flops(run.epoch, run.num_scored())
     return finish(
         config,
         directory,
         reporter,
         run.history,
-        replay(run.history.lines, strategy, str(run.history.path)),
+        replayed(config, run.history.lines, str(run.history.path)),
         dataset=train.name,
         skipped=len(undecodable),
         flops=flops,
@@ -105,9 +116,10 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
 
 
 def _without_training(
-    config: config_dict.ConfigDict, directory: Workdir, reporter: Reporter, strategy: Strategy
+    config: config_dict.ConfigDict, directory: Workdir, reporter: Reporter
 ) -> Genotype:
     """Draw an architecture, which needs neither data nor networks."""
+    strategy = sampled_strategy(config)
     history = History(directory.path / "search" / "history.jsonl", [])
     directory.claim(
         "search",
@@ -121,7 +133,7 @@ def _without_training(
     decision = strategy.decide(len(strategy.operations), alpha, survivors, [])
     history.append(decision.line)
     reporter.say(decision_text(decision.line))
-    result = replay(history.lines, strategy, str(history.path))
+    result = replayed(config, history.lines, str(history.path))
     return finish(
         config, directory, reporter, history, result, dataset=config.dataset.name, flops=0.0
     )

@@ -1,7 +1,6 @@
 """The child and the parent supernet on the devices: their state, programs, training and scoring."""
 
 import functools
-import time
 from typing import Any
 
 import jax
@@ -9,24 +8,17 @@ import numpy as np
 from ml_collections import config_dict
 
 from cpnas_jax.architecture.sampling import SHAPE, num_paths
-from cpnas_jax.config_rules import check_fits_images
-from cpnas_jax.data.datasets import Split, channel_statistics
-from cpnas_jax.data.examples import Examples
+from cpnas_jax.data.datasets import Split
 from cpnas_jax.data.order import weights_key
 from cpnas_jax.diagnosis import NotFinite, explained, once
 from cpnas_jax.models import supernet
-from cpnas_jax.models.binarize import Binarizer
-from cpnas_jax.models.operations import OperationSettings
 from cpnas_jax.models.space import CHILD, MODELS, OPERATIONS
-from cpnas_jax.path_optimizer import OptimizerSettings, PathOptimizer
-from cpnas_jax.runtime import environment, processes
+from cpnas_jax.path_optimizer import PathOptimizer
+from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.costs import program_cost
-from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import stop_wished
-from cpnas_jax.runtime.memory import check_memory, exhaustion_explained
 from cpnas_jax.runtime.parallel import (
     Program,
-    bytes_a_device,
     local_positions,
     pmap_donated,
     pmap_kept,
@@ -34,77 +26,19 @@ from cpnas_jax.runtime.parallel import (
     to_host,
 )
 from cpnas_jax.runtime.shards import Shards
+from cpnas_jax.search_devices import SearchDevices
 from cpnas_jax.search_diagnosis import bad_layer
 from cpnas_jax.search_state import EpochSums
 from cpnas_jax.search_step import (
     Call,
     ModelState,
     PathLoss,
-    StepSettings,
     make_score_call,
     make_train_call,
 )
 
 
-def supernet_settings(
-    config: config_dict.ConfigDict, num_classes: int, shards: Shards
-) -> supernet.SupernetSettings:
-    """Return the supernet of a config, whose batches are divided into `shards`."""
-    search = config.search
-    return supernet.SupernetSettings(
-        cells=search.cells,
-        channels=search.channels,
-        reductions=tuple(search.reductions),
-        num_classes=num_classes,
-        operations=OperationSettings(
-            binarizer=Binarizer(**config.binarizer.to_dict()),
-            formulation=config.runtime.formulation,
-            separable_repeats=search.separable_repeats,
-            binary_preprocess=search.binary_preprocess,
-            statistics=shards.statistics(config.runtime.synchronise_statistics),
-        ),
-    )
-
-
-_KNOBS = (
-    "config.search.channels, config.search.cells, config.search.batch_size, the number of "
-    "config.search.reductions or the size of the images, or use more devices"
-)
-
-
-def _num_scored(config: config_dict.ConfigDict, validation: Split) -> int:
-    """Return how many images of the validation part are scored, the first ones."""
-    search, every = config.search, len(validation.labels)
-    # Scored architectures must cost little beside trained ones.
-    usual = min(search.plus_score_examples, every) if search.strategy == "cp_plus" else every
-    return search.score_examples or usual
-
-
-def _check_sizes(
-    config: config_dict.ConfigDict, train: Split, validation: Split, num_shards: int
-) -> None:
-    """Compare the config's sizes with those of the data.
-
-    Raises:
-        UserError: one is too large; its key is named.
-    """
-    search = config.search
-    if search.score_examples > len(validation.labels):
-        raise UserError(
-            f"config.search.score_examples is {search.score_examples}; the validation part has "
-            f"only {len(validation.labels)} images, which 0 uses all"
-        )
-    scored = _num_scored(config, validation)
-    if search.score_batch_size > -(-scored // num_shards) * num_shards:
-        raise UserError(
-            f"config.search.score_batch_size is {search.score_batch_size}; only {scored} images "
-            "are scored"
-        )
-    padding = config.dataset.crop_padding
-    check_fits_images("config.dataset.crop_padding", padding, train.images.shape[1:])
-
-
-class Networks:
+class Networks(SearchDevices):
     """Both models with everything that is compiled or lives on a device."""
 
     def __init__(
@@ -132,69 +66,25 @@ class Networks:
         search = config.search
         devices, operations = jax.device_count(), len(search.operations)
         self.paths = num_paths(devices, operations) if search.parallel == "path" else 1
-        self._shards = Shards(devices, config.runtime.deterministic, self.paths)
-        self.steps_per_epoch = len(train.labels) // search.batch_size
-        if not self.steps_per_epoch:
-            raise UserError(
-                f"config.search.batch_size is {search.batch_size}; the training part has only "
-                f"{len(train.labels)} images"
-            )
-        _check_sizes(config, train, validation, self._shards.count)
-        self._seed = config.seed
-        self._compiler_options = environment.compiler_options(config.runtime.optimization_level)
-        self._steps_per_call = config.runtime.steps_per_call
-        self._key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
-        self._settings = supernet_settings(config, train.num_classes, self._shards)
-        self._image_shape = train.images.shape[1:]
+        shards = Shards(devices, config.runtime.deterministic, self.paths)
+        super().__init__(config, train, validation, started, shards)
         self._models, self._schedule = models, sampled_epochs
-        total_steps = sampled_epochs * self.steps_per_epoch
-        self._optimizer = PathOptimizer(
-            OptimizerSettings(
-                learning_rate=search.learning_rate,
-                child_learning_rate=search.child_learning_rate,
-                child_optimizer=search.child_optimizer,
-                momentum=search.momentum,
-                weight_decay=search.weight_decay,
-                gradient_clip=search.gradient_clip,
-                total_steps=total_steps,
-            )
-        )
+        self._optimizer = PathOptimizer(self._optimizer_settings(search, sampled_epochs))
         self._init = jax.jit(self._initial_model, compiler_options=self._compiler_options)
         self._check_memory()
-        self._step = StepSettings(
-            supernet=self._settings,
-            batch_size=search.batch_size,
-            shards=self._shards,
-            crop_padding=config.dataset.crop_padding,
-            flip=config.dataset.flip,
-            steps_per_epoch=self.steps_per_epoch,
-        )
         self._train = pmap_donated(make_train_call(self._step, self._optimizer))
-        self._num_scored = _num_scored(config, validation)
         self._score = pmap_kept(
             make_score_call(self._settings, self._num_scored, search.score_batch_size, self._shards)
         )
-        self._programs: dict[str, Any] = {}
-        self.compile_seconds = {"train": 0.0, "score": 0.0}
-        mean, std = channel_statistics(train.images)
-        self._examples = {
-            name: replicate(Examples(part.images, part.labels, mean, std))
-            for name, part in (("train", train), ("validation", validation))
-        }
-        self._states: dict[str, ModelState] = {}
-        self._started = started
-        self.first_step_seconds: float | None = None
+        self._place(train, validation)
 
     def _check_memory(self) -> None:
         """Refuse a supernet whose weights alone do not fit, before anything of it is made."""
-        shapes = jax.eval_shape(
-            lambda key: supernet.init(key, self._settings, self._image_shape),
-            jax.eval_shape(lambda: jax.random.key(0)),
-        )
-        weights = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
         # Weights and momentum of all models, gradients of one.
-        needed = (2 * len(self._models) + 1) * weights
-        check_memory({"weights and optimizers": needed}, _KNOBS)
+        self._check_weights(
+            lambda key: supernet.init(key, self._settings, self._image_shape),
+            2 * len(self._models) + 1,
+        )
 
     def initial_state(self, draw: int = 0) -> dict[str, ModelState]:
         """Return the state of the models before the first epoch, in host memory.
@@ -228,24 +118,7 @@ class Networks:
             UserError: it needs more memory than a device has.
         """
         call = self._call(CHILD, np.zeros((1, *SHAPE), np.int32), 0, 0, 1)
-        with exhaustion_explained(_KNOBS):
-            self._compiled("train", self._train, self._states[CHILD], self._examples["train"], call)
-        check_memory(self.memory_bytes(), _KNOBS)
-
-    def _compiled(self, name: str, function: Any, *arguments: Any) -> Any:
-        if name not in self._programs:
-            before = time.monotonic()
-            self._programs[name] = Program(function, arguments, self._compiler_options)
-            self.compile_seconds[name] = time.monotonic() - before
-        return self._programs[name]
-
-    def memory_bytes(self) -> dict[str, int]:
-        """Estimate what a device holds: states, data, and what the training program needs."""
-        return {
-            "weights and optimizers": bytes_a_device(self._states),
-            "data": bytes_a_device(self._examples),
-            "training program": self._programs["train"].temporary_bytes(),
-        }
+        self._compile_training(self._train, self._states[CHILD], self._examples["train"], call)
 
     def flops(self, epochs: int, scored: int) -> float:
         """Return the operations of a device in a search, counted in the programs.
@@ -307,19 +180,14 @@ class Networks:
             NotFinite: the loss, its gradient or the update is; nothing saved is lost.
         """
         first = sums.steps
-        # Calls end at the same steps wherever a run was interrupted.
-        count = self._steps_per_call - first % self._steps_per_call
-        count = min(count, self.steps_per_epoch - first)
-        if self.first_step_seconds is None:
-            count = 1  # one step alone, to say when training began
+        count = self._steps_of_call(first)
         call = self._call(model, architectures, epoch, first, count)
         program = self._compiled(
             "train", self._train, self._states[model], self._examples["train"], call
         )
         self._states[model], found = program(self._states[model], self._examples["train"], call)
         host = to_host(found)
-        if self.first_step_seconds is None:
-            self.first_step_seconds = time.monotonic() - self._started
+        self._note_first_step()
         if int(host["bad_step"]) >= 0:
             raise self._not_finite(model, architectures, epoch, int(host["bad_step"]))
         sums.steps += count

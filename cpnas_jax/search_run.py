@@ -7,7 +7,7 @@ operations at once or architectures drawn from alpha.
 import abc
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from ml_collections import config_dict
 
@@ -20,7 +20,12 @@ from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.interruptions import Stopped, noted
 from cpnas_jax.runtime.memory import describe
 from cpnas_jax.runtime.workdir import History, Workdir
-from cpnas_jax.search_state import EpochSums
+
+
+class Steps(Protocol):
+    """What counts the steps of an epoch that are done."""
+
+    steps: int
 
 
 class SearchRun(abc.ABC):
@@ -59,6 +64,15 @@ class SearchRun(abc.ABC):
         self.held: dict[int, str] = {}
         self.history: History
         self.history_path = directory.path / "search" / "history.jsonl"
+
+    @property
+    @abc.abstractmethod
+    def models(self) -> tuple[str, ...]:
+        """Return the models that are trained."""
+
+    @abc.abstractmethod
+    def plan(self) -> str:
+        """Name the epochs and how they come about."""
 
     @property
     @abc.abstractmethod
@@ -169,7 +183,7 @@ class SearchRun(abc.ABC):
         self.checkpoints.save(number, state, record)
         self.held[number] = self.where()
 
-    def steps(self, sums: EpochSums, call: Callable[[], bool]) -> float:
+    def steps(self, sums: Steps, call: Callable[[], bool]) -> float:
         """Make the calls that an epoch's steps are left to; return the seconds they took.
 
         Args:
@@ -192,6 +206,10 @@ class SearchRun(abc.ABC):
                 self.checkpoints.wait()
                 raise Stopped(self.where())
         return time.monotonic() - before
+
+    @abc.abstractmethod
+    def num_scored(self) -> int:
+        """Return how many architectures were scored without being trained."""
 
     @abc.abstractmethod
     def spend(self, seconds: float) -> None:

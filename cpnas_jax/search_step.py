@@ -95,6 +95,33 @@ class StepSettings:
     steps_per_epoch: int
 
 
+def augmented_batch(
+    settings: StepSettings,
+    examples: Examples,
+    order: jax.Array,
+    key: jax.Array,
+    epoch: jax.Array,
+    number: jax.Array,
+    shard: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return a shard's images f32[n, H, W, C], cropped, flipped and normalised, and their labels.
+
+    Args:
+        settings: the static side.
+        examples: that the order is of.
+        order: of `epoch_permutation`.
+        key: random key; with epoch and number it decides what the images' draws are.
+        epoch: int32[].
+        number: int32[], of the step within the epoch, below the batches of `order`.
+        shard: int32[].
+    """
+    size = settings.batch_size // settings.shards.count
+    rows = batch_indices(order, number, settings.batch_size, shard, size)
+    draws = position_draws(step_key(key, epoch, number), shard_positions(shard, size), CROP_DRAWS)
+    images = random_crop_flip(draws, examples.images[rows], settings.crop_padding, settings.flip)
+    return normalise(images, examples.mean, examples.std), examples.labels[rows]
+
+
 PathLoss = Callable[[supernet.Params, jax.Array, jax.Array, Call], tuple[jax.Array, Any]]
 """(params, images, labels, call) -> mean loss, and what is summed over the devices."""
 
@@ -102,12 +129,12 @@ PathLoss = Callable[[supernet.Params, jax.Array, jax.Array, Call], tuple[jax.Arr
 def make_path_loss(settings: SupernetSettings) -> PathLoss:
     """Return the loss of the sampled path, which also counts the `correct` answers."""
 
+    logits_of = make_path_logits(settings)
+
     def loss_of(
         params: supernet.Params, images: jax.Array, labels: jax.Array, call: Call
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = supernet.apply(
-            params, images, call.architecture, settings=settings, binary=call.binary
-        )
+        logits = logits_of(params, images, call)
         correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
         return cross_entropy(logits, labels), {"correct": correct}
 
@@ -135,7 +162,6 @@ def make_train_call(
     # A diagnosis wants to see what the update makes of a bad step.
     diagnosed = loss_of is not None
     loss_of = loss_of or make_path_loss(settings.supernet)
-    size = settings.batch_size // settings.shards.count
     several = settings.shards.groups > 1
 
     def over_paths(tree: Any, call: Call) -> Any:
@@ -153,16 +179,11 @@ def make_train_call(
             number: jax.Array, state: ModelState
         ) -> tuple[ModelState, dict[str, jax.Array], jax.Array]:
             def of_shard(shard: jax.Array) -> tuple[Any, Any]:
-                rows = batch_indices(order, number, settings.batch_size, shard, size)
-                draws = position_draws(
-                    step_key(key, call.epoch, number), shard_positions(shard, size), CROP_DRAWS
+                images, labels = augmented_batch(
+                    settings, examples, order, key, call.epoch, number, shard
                 )
-                images = random_crop_flip(
-                    draws, examples.images[rows], settings.crop_padding, settings.flip
-                )
-                images = normalise(images, examples.mean, examples.std)
                 (loss, counts), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-                    state.params, images, examples.labels[rows], call
+                    state.params, images, labels, call
                 )
                 return (gradients, loss), counts
 
@@ -209,37 +230,54 @@ def make_train_call(
     return train_call
 
 
-def make_score_call(
-    settings: SupernetSettings, num_examples: int, batch_size: int, shards: Shards
-) -> Callable[[supernet.Params, Examples, Call], dict[str, jax.Array]]:
-    """Return the function of one device that scores architectures; to be pmapped.
+Logits = Callable[[Any, jax.Array, Any], jax.Array]
+"""(params, images, call) -> f32[N, num_classes]."""
 
-    It returns, for each group of devices and its own architecture, `correct`, int32[groups], the
-    right answers, and `log_likelihood`, f32[groups], the sum over the examples of the logarithm of
-    the right answer's probability. Every example counts exactly once in a group; BN uses the
-    statistics of a batch over the devices that `settings` names, or of a shard.
+
+def make_path_logits(settings: SupernetSettings) -> Logits:
+    """Return the logits of the path that a `Call` names."""
+
+    def logits_of(params: supernet.Params, images: jax.Array, call: Call) -> jax.Array:
+        return supernet.apply(
+            params, images, call.architecture, settings=settings, binary=call.binary
+        )
+
+    return logits_of
+
+
+def make_score_call(
+    settings: SupernetSettings,
+    num_examples: int,
+    batch_size: int,
+    shards: Shards,
+    logits_of: Logits | None = None,
+) -> Callable[[Any, Examples, Any], dict[str, jax.Array]]:
+    """Return the function of one device that scores what a call names; to be pmapped.
+
+    It returns, for each group of devices and its own call, `correct`, int32[groups], the right
+    answers, and `log_likelihood`, f32[groups], the sum over the examples of the logarithm of the
+    right answer's probability. Every example counts exactly once in a group; BN uses the statistics
+    of a batch over the devices that the network's settings name, or of a shard.
 
     Args:
-        settings: shape of the network.
+        settings: of the supernet.
         num_examples: the first so many examples are scored.
         batch_size: over all devices that share a batch.
         shards: of each batch.
+        logits_of: what is scored, by a call with the `passes` of `Shards.combine`; the path that
+            the call names when not given.
     """
+    logits_of = logits_of or make_path_logits(settings)
     indices, mask = scoring_indices(num_examples, batch_size)
     rows_of = indices.reshape(-1, shards.count, batch_size // shards.count)
     mask_of = mask.reshape(rows_of.shape)
 
-    def score_call(params: supernet.Params, examples: Examples, call: Call) -> dict[str, jax.Array]:
+    def score_call(params: Any, examples: Examples, call: Any) -> dict[str, jax.Array]:
         def batch(sums: dict[str, jax.Array], part: tuple[jax.Array, jax.Array]) -> Any:
             row, mask = part
             labels = examples.labels[row]
-            logits = supernet.apply(
-                params,
-                normalise(examples.images[row], examples.mean, examples.std),
-                call.architecture,
-                settings=settings,
-                binary=call.binary,
-            )
+            images = normalise(examples.images[row], examples.mean, examples.std)
+            logits = logits_of(params, images, call)
             hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.int32)
             own = {
                 "correct": jnp.sum(hits * mask.astype(jnp.int32)),

@@ -1,26 +1,20 @@
-"""What a search says of itself: the plan before it begins, the table at the end of a stage."""
-
-import collections
-from typing import Any
+"""What a search says of itself before it begins."""
 
 from ml_collections import config_dict
 
-from cpnas_jax.architecture.strategy import Strategy
 from cpnas_jax.data.datasets import Split
-from cpnas_jax.models.space import CELL_TYPES, EDGES, PARENT
+from cpnas_jax.models.space import CHILD, PARENT
 from cpnas_jax.runtime.environment import devices_text
-from cpnas_jax.search_networks import Networks
+from cpnas_jax.search_run import SearchRun
+
+_MODELS = {CHILD: "1-bit child", PARENT: "float parent"}
 
 
 def plan_text(
-    config: config_dict.ConfigDict,
-    train: Split,
-    validation: Split,
-    strategy: Strategy,
-    networks: Networks,
+    config: config_dict.ConfigDict, train: Split, validation: Split, run: SearchRun
 ) -> str:
     """Say what will happen, in a few lines."""
-    search = config.search
+    search, networks = config.search, run.networks
     together = networks.paths
     groups = ""
     if together > 1:
@@ -42,59 +36,9 @@ def plan_text(
             f"Supernet: {search.cells} cells (reductions at "
             f"{', '.join(map(str, search.reductions)) or 'none'}), C {search.channels}, "
             f"{len(search.operations)} operations on each of 28 edges; "
-            f"child 1-bit{', parent float' if PARENT in strategy.models else ''}.",
-            f"{strategy.total} sampled epochs ({strategy.describe()}), "
-            f"each of {networks.steps_per_epoch} steps of the "
-            + " and as many of the ".join(strategy.models)
-            + ".",
+            f"{' and '.join(_MODELS[model] for model in run.models)}.",
+            f"{run.total} {run.plan()}, each of {networks.steps_per_epoch} steps"
+            + (" of both models." if len(run.models) > 1 else "."),
             groups + devices_text(search.batch_size * together),
         ]
     )
-
-
-def decision_text(line: dict[str, Any]) -> str:
-    """Say what the end of a stage decided, from its line of the history."""
-    if line["event"] == "stage":
-        return stage_text(line)
-    if line["event"] == "pruning":
-        return pruning_text(line)
-    accuracy = line["child_accuracy"]
-    reason = "drawn at random" if accuracy is None else f"the best of all, accuracy {accuracy:.3f}"
-    return f"Candidate {line['candidate']} is chosen, {reason}."
-
-
-def pruning_text(line: dict[str, Any]) -> str:
-    """Tabulate what each edge lost and how many operations it has left."""
-    lost = [name for cell in line["dropped"] for edge in cell for name in edge]
-    rows = [
-        f"Stage {line['stage']} is over, {line['scored']} architectures scored, reliability "
-        f"{line['reliability']:.2f}; dropped "
-        + ", ".join(f"{count} {name}" for name, count in collections.Counter(lost).most_common()),
-        f"  {'edge':<6}" + "".join(f"{cell + ', left':<44}" for cell in CELL_TYPES).rstrip(),
-    ]
-    for edge, (source, target) in enumerate(EDGES):
-        cells = ""
-        for cell, dropped in zip(CELL_TYPES, line["dropped"], strict=True):
-            left = len(line["effects"][cell][edge]) - len(dropped[edge])
-            lost_here = ", ".join(dropped[edge]) or "-"
-            cells += f"{f'{left} without {lost_here}':<44}"
-        rows.append(f"  {f'{source}->{target}':<6}{cells}".rstrip())
-    return "\n".join(rows)
-
-
-def stage_text(line: dict[str, Any]) -> str:
-    """Tabulate the operations that a stage dropped, from its line of the history."""
-    counts = collections.Counter(name for cell in line["dropped"] for name in cell)
-    rows = [
-        f"Stage {line['stage']} is over; dropped "
-        + ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        + f"; {line['stage'] - 1} left on each edge.",
-        f"  {'edge':<6}" + "".join(f"{cell:<24}" for cell in CELL_TYPES),
-    ]
-    for edge, (source, target) in enumerate(EDGES):
-        cells = ""
-        for cell, names in zip(CELL_TYPES, line["dropped"], strict=True):
-            name = names[edge]
-            cells += f"{name:<15}{line['indicator'][cell][edge][name]:<9.4f}"
-        rows.append(f"  {f'{source}->{target}':<6}{cells}".rstrip())
-    return "\n".join(rows)

@@ -2,6 +2,14 @@
 
 from ml_collections import config_dict
 
+OF_GRADIENT = {
+    *("search.epochs", "search.alpha_learning_rate", "search.alpha_weight_decay"),
+    *("search.alpha_warmup", "search.gradient_model", "search.second_order"),
+    *("search.partial_channels", "search.edge_normalisation", "search.child_weight"),
+    *("search.parent_weight", "search.gate_temperature"),
+}
+"""Keys of the gradient strategies alone."""
+
 
 def note_reads(monkeypatch, config):
     """Return a set to which every dotted key that is read from now on is added."""

@@ -106,8 +106,10 @@ class _State:
             self._take_choice(event)
         elif isinstance(event, ScoresEvent):
             self._take_scores(event)
-        else:
+        elif isinstance(event, PruningEvent):
             self._take_pruning(event)
+        else:
+            raise ValueError("it is an epoch line, which strategies of sampled paths do not have")
         self.lines.append(line)
 
     def _require_expected(self, found: str) -> None:

@@ -13,6 +13,9 @@ from jax import lax
 _PERMUTATION = 0
 _STEP = 1
 _WEIGHTS = 2
+_VALIDATION = 3
+_SAMPLE = 4
+_ALPHA = 5
 
 
 def epoch_permutation(key: jax.Array, epoch: int | jax.Array, n: int) -> jax.Array:
@@ -61,6 +64,35 @@ def weights_key(key: jax.Array, model: int) -> jax.Array:
         model: number of the model.
     """
     return jax.random.fold_in(jax.random.fold_in(key, _WEIGHTS), model)
+
+
+def validation_key(key: jax.Array) -> jax.Array:
+    """Return the key for the order and the augmentation of a second part of the data.
+
+    Args:
+        key: random key of the run, which the training part uses itself.
+    """
+    return jax.random.fold_in(key, _VALIDATION)
+
+
+def sample_key(key: jax.Array, epoch: int | jax.Array, step: int | jax.Array) -> jax.Array:
+    """Return the key for what a step draws beside its images, such as an architecture.
+
+    Args:
+        key: random key of the run.
+        epoch: int32[], may be traced.
+        step: int32[], step within the epoch, may be traced.
+    """
+    return step_key(jax.random.fold_in(key, _SAMPLE), epoch, step)
+
+
+def alpha_key(key: jax.Array) -> jax.Array:
+    """Return the key for the initial architecture parameters.
+
+    Args:
+        key: random key of the run.
+    """
+    return jax.random.fold_in(key, _ALPHA)
 
 
 def batch_indices(

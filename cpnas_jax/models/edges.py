@@ -3,6 +3,9 @@
 A `lax.switch` in the scan runs the chosen operation alone. A custom gradient keeps nothing of an
 edge but the cell's node values and recomputes the chosen operation in a backward scan, so memory
 grows with the nodes and not with what an operation computes inside.
+
+What an edge does is its form: `CHOSEN`, or `GATED` where a factor of the chosen operation's output
+has a gradient too; `mixture.py` has a third, in which all operations run.
 """
 
 import dataclasses
@@ -85,11 +88,29 @@ class EdgeKind:
 
 
 @dataclasses.dataclass(frozen=True)
+class EdgeForm:
+    """What a scan does at an edge; hashable.
+
+    `own` is what the edge has beside its parameters, such as the choice of its operation: a row of
+    the arrays that `scan_edges` is given.
+
+    Attributes:
+        forward: (kind, own, params, x, total, flag) -> total + what the edge makes of x.
+        backward: (kind, own, params, x, cotangent, total, flag) -> gradients of params, those of
+            own (None for integers), and total + the gradient of x.
+    """
+
+    forward: Callable[..., jax.Array]
+    backward: Callable[..., tuple[Params, Any, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
 class EdgeScan:
     """The static part of a scan over the edges of a group; hashable."""
 
     group: EdgeGroup
     kind: EdgeKind
+    form: EdgeForm
 
 
 @functools.cache
@@ -97,7 +118,7 @@ def _forward_branches(kind: EdgeKind) -> tuple[Callable[..., jax.Array], ...]:
     """For each of `OPERATIONS`, (edge params, x, total, flag) -> total + operation(x)."""
 
     def branch(name: str) -> Callable[..., jax.Array]:
-        operation = _operation(kind, name)
+        operation = edge_operation(kind, name)
         if name == "none":
             return lambda params, x, total, flag: total
         return jax.jit(lambda params, x, total, flag: total + operation(params[name], x, flag))
@@ -114,7 +135,7 @@ def _backward_branches(kind: EdgeKind) -> tuple[Callable[..., tuple[Params, jax.
     """
 
     def branch(name: str) -> Callable[..., tuple[Params, jax.Array]]:
-        operation = _operation(kind, name)
+        operation = edge_operation(kind, name)
 
         def pull(
             params: Params, x: jax.Array, cotangent: jax.Array, total: jax.Array, flag: jax.Array
@@ -131,7 +152,104 @@ def _backward_branches(kind: EdgeKind) -> tuple[Callable[..., tuple[Params, jax.
     return tuple(branch(name) for name in OPERATIONS)
 
 
-def _operation(kind: EdgeKind, name: str) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+def _chosen_forward(
+    kind: EdgeKind,
+    choice: jax.Array,
+    params: Params,
+    x: jax.Array,
+    total: jax.Array,
+    flag: jax.Array,
+) -> jax.Array:
+    return lax.switch(choice, _forward_branches(kind), params, x, total, flag)
+
+
+def _chosen_backward(
+    kind: EdgeKind,
+    choice: jax.Array,
+    params: Params,
+    x: jax.Array,
+    cotangent: jax.Array,
+    total: jax.Array,
+    flag: jax.Array,
+) -> tuple[Params, None, jax.Array]:
+    gradient, total = lax.switch(
+        choice, _backward_branches(kind), params, x, cotangent, total, flag
+    )
+    return gradient, None, total
+
+
+CHOSEN = EdgeForm(_chosen_forward, _chosen_backward)
+"""Own of an edge: the number of its operation, int32[]."""
+
+
+@functools.cache
+def _gated_forward_branches(kind: EdgeKind) -> tuple[Callable[..., jax.Array], ...]:
+    """As `_forward_branches`, with the gate as first argument."""
+
+    def branch(name: str) -> Callable[..., jax.Array]:
+        operation = edge_operation(kind, name)
+        if name == "none":
+            return lambda gate, params, x, total, flag: total
+        return jax.jit(
+            lambda gate, params, x, total, flag: total + gate * operation(params[name], x, flag)
+        )
+
+    return tuple(branch(name) for name in OPERATIONS)
+
+
+@functools.cache
+def _gated_backward_branches(kind: EdgeKind) -> tuple[Callable[..., tuple[Any, ...]], ...]:
+    """As `_backward_branches`, with the gate as first argument and its gradient as first result."""
+
+    def branch(name: str) -> Callable[..., tuple[Any, ...]]:
+        operation = edge_operation(kind, name)
+
+        def pull(
+            gate: jax.Array,
+            params: Params,
+            x: jax.Array,
+            cotangent: jax.Array,
+            total: jax.Array,
+            flag: jax.Array,
+        ) -> tuple[jax.Array, Params, jax.Array]:
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            if name == "none":
+                return jnp.zeros_like(gate), zeros, total
+            _, pullback = jax.vjp(
+                lambda gate, p, x: gate * operation(p, x, flag), gate, params[name], x
+            )
+            gate_gradient, gradient, x_gradient = pullback(cotangent)
+            return gate_gradient, {**zeros, name: gradient}, total + x_gradient
+
+        return jax.jit(pull)
+
+    return tuple(branch(name) for name in OPERATIONS)
+
+
+def _gated_forward(kind: EdgeKind, own: tuple[jax.Array, jax.Array], *arguments: Any) -> jax.Array:
+    choice, gate = own
+    return lax.switch(choice, _gated_forward_branches(kind), gate, *arguments)
+
+
+def _gated_backward(
+    kind: EdgeKind, own: tuple[jax.Array, jax.Array], *arguments: Any
+) -> tuple[Params, Any, jax.Array]:
+    choice, gate = own
+    gate_gradient, gradient, total = lax.switch(
+        choice, _gated_backward_branches(kind), gate, *arguments
+    )
+    return gradient, (None, gate_gradient), total
+
+
+GATED = EdgeForm(_gated_forward, _gated_backward)
+"""Own of an edge: the number of its operation, int32[], and its gate, f32[], by which the output is
+multiplied. The gate of `none` has the gradient 0."""
+
+
+def edge_operation(
+    kind: EdgeKind, name: str
+) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+    """Return (params of the operation, x, flag) -> its output."""
     module = make_operation(name, kind.channels, kind.stride, kind.settings)
 
     def operation(params: Params, x: jax.Array, flag: jax.Array) -> jax.Array:
@@ -149,10 +267,10 @@ def _with_row(array: jax.Array, index: jax.Array, row: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(array, row, index, 0)
 
 
-def _scanned(group: EdgeGroup, choices: jax.Array, params: Params) -> tuple[Any, ...]:
+def _scanned(group: EdgeGroup, own: Any, params: Params) -> tuple[Any, ...]:
     sources = jnp.asarray(group.sources, jnp.int32)
     targets = jnp.asarray(group.targets, jnp.int32)
-    return sources, targets, choices, params
+    return sources, targets, own, params
 
 
 def _run_edges(
@@ -160,7 +278,7 @@ def _run_edges(
     params: Params,
     inputs: jax.Array | None,
     nodes: jax.Array,
-    choices: jax.Array,
+    own: Any,
     flag: jax.Array,
 ) -> jax.Array:
     """Run the edges of a group one after the other; return the nodes with the sums added.
@@ -170,18 +288,17 @@ def _run_edges(
         params: operation -> leaves [edges, ...].
         inputs: f[S, N, H, W, C] that the edges read, or None where they read the nodes.
         nodes: f[T, N, H', W', C] that the edges add to.
-        choices: int32[edges].
+        own: of each edge, leaves [edges, ...]; what the form takes.
         flag: child or parent, unless static in `scan`.
     """
 
     def step(nodes: jax.Array, edge: tuple[Any, ...]) -> tuple[jax.Array, None]:
-        source, target, choice, edge_params = edge
+        source, target, own, edge_params = edge
         x = _row(nodes if inputs is None else inputs, source)
-        branches = _forward_branches(scan.kind)
-        total = lax.switch(choice, branches, edge_params, x, _row(nodes, target), flag)
+        total = scan.form.forward(scan.kind, own, edge_params, x, _row(nodes, target), flag)
         return _with_row(nodes, target, total), None
 
-    nodes, _ = lax.scan(step, nodes, _scanned(scan.group, choices, params))
+    nodes, _ = lax.scan(step, nodes, _scanned(scan.group, own, params))
     return nodes
 
 
@@ -190,42 +307,44 @@ def _scan_edges_forward(
     params: Params,
     inputs: jax.Array | None,
     nodes: jax.Array,
-    choices: jax.Array,
+    own: Any,
     flag: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    nodes = _run_edges(scan, params, inputs, nodes, choices, flag)
-    return nodes, (params, inputs, None if inputs is not None else nodes, choices, flag)
+    nodes = _run_edges(scan, params, inputs, nodes, own, flag)
+    return nodes, (params, inputs, None if inputs is not None else nodes, own, flag)
 
 
 def _scan_edges_backward(scan: EdgeScan, residuals: Any, cotangent: jax.Array) -> Any:
-    params, inputs, nodes, choices, flag = residuals
+    params, inputs, nodes, own, flag = residuals
     read = nodes if inputs is None else inputs
 
-    def step(read_cotangents: jax.Array, edge: tuple[Any, ...]) -> tuple[jax.Array, Params]:
-        source, target, choice, edge_params = edge
+    def step(
+        read_cotangents: jax.Array, edge: tuple[Any, ...]
+    ) -> tuple[jax.Array, tuple[Params, Any]]:
+        source, target, own, edge_params = edge
         upstream = read_cotangents if inputs is None else cotangent
-        gradient, total = lax.switch(
-            choice,
-            _backward_branches(scan.kind),
+        gradient, own_gradient, total = scan.form.backward(
+            scan.kind,
+            own,
             edge_params,
             _row(read, source),
             _row(upstream, target),
             _row(read_cotangents, source),
             flag,
         )
-        return _with_row(read_cotangents, source, total), gradient
+        return _with_row(read_cotangents, source, total), (gradient, own_gradient)
 
     # In reverse every edge that leaves a node comes before those that enter it: the node's
     # cotangent is complete when it is read.
-    read_cotangents, gradients = lax.scan(
+    read_cotangents, (gradients, own_gradients) = lax.scan(
         step,
         cotangent if inputs is None else jnp.zeros_like(inputs),
-        _scanned(scan.group, choices, params),
+        _scanned(scan.group, own, params),
         reverse=True,
     )
     if inputs is None:
-        return gradients, None, read_cotangents, None, None
-    return gradients, read_cotangents, cotangent, None, None
+        return gradients, None, read_cotangents, own_gradients, None
+    return gradients, read_cotangents, cotangent, own_gradients, None
 
 
 scan_edges = jax.custom_vjp(_run_edges, nondiff_argnums=(0,))

@@ -160,6 +160,23 @@ def max_pool(x: jax.Array, *, stride: int = 1, formulation: str = "auto") -> jax
     )
 
 
+def max_pool_2x2(x: jax.Array) -> jax.Array:
+    """2x2 max pooling at stride 2: f[N, H, W, C] to f[N, ceil(H / 2), ceil(W / 2), C].
+
+    Windows at the end of an odd side have what there is. Of equal values the first in reading order
+    gets the gradient. Slices on every backend: the windows do not overlap.
+    """
+    odd = (x.shape[1] % 2, x.shape[2] % 2)
+    lowest = jnp.asarray(-jnp.inf, x.dtype)
+    x = lax.pad(x, lowest, ((0, 0, 0), (0, odd[0], 0), (0, odd[1], 0), (0, 0, 0)))
+
+    def larger(first: jax.Array, second: jax.Array) -> jax.Array:
+        return jnp.where(second > first, second, first)
+
+    rows = larger(x[:, :, ::2], x[:, :, 1::2])
+    return larger(rows[:, ::2], rows[:, 1::2])
+
+
 def avg_pool(x: jax.Array, *, stride: int = 1, formulation: str = "auto") -> jax.Array:
     """3x3 average pooling, padding 1, each mean over the pixels inside the image only (DARTS)."""
     shares = jnp.asarray(_pool_shares(x.shape[1], x.shape[2], stride), x.dtype)

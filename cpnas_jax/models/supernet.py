@@ -5,6 +5,8 @@
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -12,7 +14,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cpnas_jax.models import layers
-from cpnas_jax.models.edges import EDGE_GROUPS, EdgeGroup, EdgeKind, EdgeScan, Params, scan_edges
+from cpnas_jax.models.edges import (
+    CHOSEN,
+    EDGE_GROUPS,
+    GATED,
+    EdgeForm,
+    EdgeGroup,
+    EdgeKind,
+    EdgeScan,
+    Params,
+    scan_edges,
+)
 from cpnas_jax.models.initial import draw_kernels
 from cpnas_jax.models.operations import (
     Binary,
@@ -67,24 +79,32 @@ def cell_shapes(settings: SupernetSettings) -> tuple[CellShape, ...]:
     return tuple(shapes)
 
 
-def init(key: jax.Array, settings: SupernetSettings, image_shape: tuple[int, int, int]) -> Params:
+def init(
+    key: jax.Array,
+    settings: SupernetSettings,
+    image_shape: tuple[int, int, int],
+    partial: int = 1,
+) -> Params:
     """Return the parameters of a supernet, float32.
 
     Args:
         key: random key.
         settings: shape of the supernet.
         image_shape: (height, width, channels) of an image.
+        partial: the operations of an edge see C // partial of the cell's channels (`mixture.py`).
 
     Returns:
         `stem`, `classifier`, and `cells`, a tuple of `preprocess0`, `preprocess1` and `edges`:
         group -> operation -> leaves whose leading axis are the group's edges. Child and parent
         have the same structure.
     """
-    shapes = jax.eval_shape(lambda: _template(settings, image_shape))
+    shapes = jax.eval_shape(lambda: _template(settings, image_shape, partial))
     return draw_kernels(key, shapes, lambda keys: "edges" in keys)
 
 
-def _template(settings: SupernetSettings, image_shape: tuple[int, int, int]) -> Params:
+def _template(
+    settings: SupernetSettings, image_shape: tuple[int, int, int], partial: int
+) -> Params:
     """Parameters of the right structure and shapes, whatever their values."""
     stem_channels = STEM_MULTIPLIER * settings.channels
     inputs = [stem_channels, stem_channels]
@@ -95,7 +115,7 @@ def _template(settings: SupernetSettings, image_shape: tuple[int, int, int]) -> 
             for i in range(2)
         }
         cell["edges"] = {
-            name: _edge_params(group, shape.channels, settings.operations)
+            name: _edge_params(group, shape.channels // partial, settings.operations)
             for name, group in EDGE_GROUPS[shape.kind].items()
         }
         cells.append(cell)
@@ -141,6 +161,7 @@ def apply(
     *,
     settings: SupernetSettings,
     binary: Binary,
+    gates: jax.Array | None = None,
 ) -> jax.Array:
     """Return the logits of the sampled path.
 
@@ -151,6 +172,8 @@ def apply(
             reduction cell.
         settings: shape of the supernet.
         binary: child (True), parent (False), or a traced boolean.
+        gates: f32[2, 14], factors of the chosen operations' outputs, each with the sum of its
+            gradients over the cells of the type; that of `none` is 0. None: no factors.
 
     Returns:
         f32[N, num_classes].
@@ -158,10 +181,48 @@ def apply(
     Raises:
         AssertionError: an array has another shape or dtype.
     """
-    chex.assert_rank(images, 4)
-    chex.assert_type(images, jnp.float32)
     chex.assert_shape(architecture, (len(CELL_TYPES), NUM_EDGES))
     chex.assert_type(architecture, jnp.int32)
+    if gates is not None:
+        chex.assert_shape(gates, architecture.shape)
+        chex.assert_type(gates, jnp.float32)
+
+    def nodes_of(shape: CellShape, edges: Params, inputs: list[jax.Array]) -> jax.Array:
+        position = CELL_TYPES.index(shape.kind)
+        choices = architecture[position]
+        scan = CellScan(shape, shape.channels, settings.operations, binary)
+        if gates is None:
+            return scan.run(CHOSEN, edges, inputs, choices)
+        return scan.run(GATED, edges, inputs, (choices, gates[position]))
+
+    return logits_by_cells(params, images, settings, binary, nodes_of)
+
+
+CellNodes = Callable[[CellShape, Params, list[jax.Array]], jax.Array]
+"""(shape, parameters of the edges, two inputs) -> four intermediate nodes f[4, N, H', W', C]."""
+
+
+def logits_by_cells(
+    params: Params,
+    images: jax.Array,
+    settings: SupernetSettings,
+    binary: Binary,
+    nodes_of: CellNodes,
+) -> jax.Array:
+    """Return the logits of stem, cells and classifier, f32[N, num_classes].
+
+    Args:
+        params: of `init`.
+        images: f32[N, H, W, C], normalised.
+        settings: shape of the supernet.
+        binary: child (True), parent (False), or a traced boolean.
+        nodes_of: what the edges of a cell make of its preprocessed inputs.
+
+    Raises:
+        AssertionError: the images have another rank or dtype.
+    """
+    chex.assert_rank(images, 4)
+    chex.assert_type(images, jnp.float32)
     formulation = settings.operations.formulation
     stem = layers.normalize(
         layers.conv_3x3(images, params["stem"]["kernel"], formulation=formulation),
@@ -169,42 +230,59 @@ def apply(
     )
     previous, current = stem, stem
     for shape, cell in zip(cell_shapes(settings), params["cells"], strict=True):
-        choices = architecture[CELL_TYPES.index(shape.kind)]
         inputs = [
             apply_module(
                 preprocess(shape, i, settings.operations), cell[f"preprocess{i}"], x, binary
             )
             for i, x in enumerate((previous, current))
         ]
-        nodes = _run_cell(shape, settings.operations, cell["edges"], inputs, choices, binary)
+        nodes = nodes_of(shape, cell["edges"], inputs)
         previous, current = current, jnp.concatenate(tuple(nodes), axis=-1)
     features = jnp.mean(current, axis=(1, 2))
     classifier = params["classifier"]
     return jnp.dot(features, classifier["kernel"]) + classifier["bias"][None]
 
 
-def _run_cell(
-    shape: CellShape,
-    settings: OperationSettings,
-    edges: Params,
-    inputs: list[jax.Array],
-    choices: jax.Array,
-    binary: Binary,
-) -> jax.Array:
-    """Return the four intermediate nodes of a cell, f[4, N, H', W', C]."""
-    flag = jnp.asarray(binary)
-    static = binary if isinstance(binary, bool) else None
+@dataclasses.dataclass(frozen=True)
+class CellScan:
+    """The scans over the edges of a cell.
 
-    def run(name: str, sources: jax.Array | None, nodes: jax.Array) -> jax.Array:
-        group = EDGE_GROUPS[shape.kind][name]
-        scan = EdgeScan(group, EdgeKind(shape.channels, group.stride, settings, static))
-        chosen = choices[jnp.asarray(group.edges)]
-        return scan_edges(scan, edges[name], sources, nodes, chosen, flag)
+    Attributes:
+        shape: of the cell.
+        channels: that the operations of an edge see.
+        settings: of the operations.
+        binary: child (True), parent (False), or a traced boolean.
+    """
 
-    stacked = jnp.stack(inputs)
-    n, height, width, c = stacked.shape[1:]
-    if shape.kind == "normal":
-        empty = jnp.zeros((NUM_NODES - NUM_INPUTS, n, height, width, c), stacked.dtype)
-        return run("stride1", None, jnp.concatenate([stacked, empty]))[NUM_INPUTS:]
-    halved = (NUM_NODES - NUM_INPUTS, n, -(-height // 2), -(-width // 2), c)
-    return run("stride1", None, run("stride2", stacked, jnp.zeros(halved, stacked.dtype)))
+    shape: CellShape
+    channels: int
+    settings: OperationSettings
+    binary: Binary
+
+    def run(self, form: EdgeForm, edges: Params, inputs: list[jax.Array], own: Any) -> jax.Array:
+        """Return the four intermediate nodes of the cell, f[4, N, H', W', C].
+
+        Args:
+            form: what is done at an edge.
+            edges: group -> operation -> leaves [edges of the group, ...].
+            inputs: the two preprocessed inputs.
+            own: of each edge, leaves [14, ...]; what the form takes.
+        """
+        flag = jnp.asarray(self.binary)
+        static = self.binary if isinstance(self.binary, bool) else None
+
+        def run(name: str, sources: jax.Array | None, nodes: jax.Array) -> jax.Array:
+            group = EDGE_GROUPS[self.shape.kind][name]
+            kind = EdgeKind(self.channels, group.stride, self.settings, static)
+            rows = jnp.asarray(group.edges)
+            own_rows = jax.tree.map(lambda leaf: leaf[rows], own)
+            scan = EdgeScan(group, kind, form)
+            return scan_edges(scan, edges[name], sources, nodes, own_rows, flag)
+
+        stacked = jnp.stack(inputs)
+        n, height, width, c = stacked.shape[1:]
+        if self.shape.kind == "normal":
+            empty = jnp.zeros((NUM_NODES - NUM_INPUTS, n, height, width, c), stacked.dtype)
+            return run("stride1", None, jnp.concatenate([stacked, empty]))[NUM_INPUTS:]
+        halved = (NUM_NODES - NUM_INPUTS, n, -(-height // 2), -(-width // 2), c)
+        return run("stride1", None, run("stride2", stacked, jnp.zeros(halved, stacked.dtype)))

@@ -112,6 +112,21 @@ def test_shards_have_the_positions_of_the_batch(shards):
     np.testing.assert_array_equal(np.concatenate(found), np.arange(16, dtype=np.int32))
 
 
+def test_validation_samples_and_alpha_draw_from_keys_of_their_own():
+    own = [
+        order.validation_key(KEY),
+        order.alpha_key(KEY),
+        *(order.sample_key(KEY, epoch, step) for epoch in range(3) for step in range(3)),
+    ]
+    others = [
+        *(order.step_key(KEY, epoch, step) for epoch in range(3) for step in range(3)),
+        *(order.weights_key(KEY, model) for model in range(2)),
+        *(order.step_key(order.validation_key(KEY), epoch, step) for epoch, step in [(0, 0)]),
+    ]
+    keys = {jax.random.key_data(key).tobytes() for key in own + others}
+    assert len(keys) == len(own) + len(others)
+
+
 def test_weights_order_and_steps_draw_from_different_keys():
     key = jax.random.key(5)
     keys = [order.weights_key(key, model) for model in range(3)]

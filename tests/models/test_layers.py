@@ -202,6 +202,25 @@ def test_pool_value_and_gradient(kind, size, stride, form):
     agree((out, gradient), pool_oracle(x, cotangent, stride, kind))
 
 
+@pytest.mark.parametrize("size", [(4, 6), (5, 3), (1, 1)])
+def test_2x2_pooling_of_windows_apart(size):
+    """Value, and the gradient to the first of the largest, window by window."""
+    generator = np.random.default_rng(0)
+    # Few different values: there are ties.
+    x = generator.integers(0, 3, (2, *size, 3)).astype(np.float32) - 5
+    halves = tuple(-(-side // 2) for side in size)
+    cotangent = generator.normal(size=(2, *halves, 3)).astype(np.float32)
+    value, pull = jax.vjp(layers.max_pool_2x2, x)
+    expected, gradient = np.zeros(cotangent.shape), np.zeros(x.shape)
+    for n, i, j, c in np.ndindex(*cotangent.shape):
+        window = x[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c]
+        first = np.unravel_index(np.argmax(window), window.shape)
+        expected[n, i, j, c] = window[first]
+        gradient[n, 2 * i + first[0], 2 * j + first[1], c] = cotangent[n, i, j, c]
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_allclose(pull(cotangent)[0], gradient, rtol=1e-6)
+
+
 def test_ties_of_a_constant_image_go_to_the_first_pixel():
     """By hand: the first pixel of the only window of a 2x2 image, in reading order."""
     x = jnp.ones((1, 2, 2, 1))

@@ -61,9 +61,12 @@ def edge_params(cell, edge, reduction, name):
     return jax.tree.map(lambda leaf: leaf[position], cell["edges"][group][name])
 
 
-def reference_network(params, images, architecture, flag, settings):
-    """Logits of a network whose architecture is known before it is traced."""
-    architecture = np.asarray(architecture)
+def written_out(params, images, flag, settings, edge_of):
+    """Logits of a network whose edges are added up one after the other.
+
+    `edge_of` makes of (cell, its parameters, edge, stride, x, operations' settings) what the edge
+    gives.
+    """
     operations = settings.operations
     if operations.formulation == "auto":
         operations = dataclasses.replace(operations, formulation="native")
@@ -89,22 +92,41 @@ def reference_network(params, images, architecture, flag, settings):
         for target in (2, 3, 4, 5):
             total = 0.0
             for edge, (source, into) in enumerate(EDGES):
-                if into != target:
-                    continue
-                name = OPERATIONS[architecture[int(reduction), edge]]
-                stride = 2 if reduction and source < 2 else 1
-                if name == "none":
-                    pixels = nodes[source][:, ::stride, ::stride]
-                    total = total + jnp.zeros_like(pixels)
-                    continue
-                weights = {"params": edge_params(cell, edge, reduction, name)}
-                operation = make_operation(name, channels, stride, operations)
-                total = total + operation.apply(weights, nodes[source], flag)
+                if into == target:
+                    stride = 2 if reduction and source < 2 else 1
+                    x = nodes[source]
+                    total = total + edge_of(reduction, cell, edge, stride, x, operations)
             nodes.append(total)
         outputs.append(jnp.concatenate(nodes[2:], axis=-1))
         larger = reduction
     features = jnp.mean(outputs[-1], (1, 2))
     return features @ params["classifier"]["kernel"] + params["classifier"]["bias"][None, :]
+
+
+@functools.cache
+def _jitted(name, channels, stride, operations, flag):
+    module = make_operation(name, channels, stride, operations)
+    return jax.jit(lambda weights, x: module.apply({"params": weights}, x, flag))
+
+
+def operation_of(name, reduction, cell, edge, stride, x, flag, operations):
+    """What an operation of an edge makes of x; compiled once if it is not part of a program."""
+    if name == "none":
+        return jnp.zeros_like(x[:, ::stride, ::stride])
+    weights = edge_params(cell, edge, reduction, name)
+    return _jitted(name, x.shape[-1], stride, operations, flag)(weights, x)
+
+
+def reference_network(params, images, architecture, flag, settings, gates=None):
+    """Logits of a network whose architecture is known before it is traced."""
+    architecture = np.asarray(architecture)
+
+    def edge_of(reduction, cell, edge, stride, x, operations):
+        name = OPERATIONS[architecture[int(reduction), edge]]
+        y = operation_of(name, reduction, cell, edge, stride, x, flag, operations)
+        return y if gates is None else gates[int(reduction), edge] * y
+
+    return written_out(params, images, flag, settings, edge_of)
 
 
 def reference(params, images, architecture, flag, settings):

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
-from cpnas_jax.architecture.events import SampleEvent, parse_line
+from cpnas_jax.architecture.events import EpochEvent, SampleEvent, parse_line
 from cpnas_jax.architecture.genotype import Edge, Genotype
 from cpnas_jax.models.space import CELL_TYPES, NUM_INPUTS, NUM_NODES, OPERATIONS
 from cpnas_jax.runtime.atomic import write_atomically
@@ -157,7 +157,7 @@ def draw_accuracies(
             event = parse_line(line)
         except ValueError as error:
             raise UserError(f"history.jsonl, line {number}: {error}") from error
-        if isinstance(event, SampleEvent):
+        if isinstance(event, SampleEvent | EpochEvent):
             samples.append(event)
     if not samples:
         raise UserError("history.jsonl has no sampled epoch; it must have at least one")
@@ -173,9 +173,11 @@ def draw_accuracies(
             continue
         marker = "o" if len(samples) <= 150 else ""
         axes.plot(epochs, known, color=colour, lw=1.6, marker=marker, ms=3, label=name)
-    _mark_stages(axes, [event.stage for event in samples])
+    stages = [event.stage for event in samples if isinstance(event, SampleEvent)]
+    if stages:
+        _mark_stages(axes, stages)
     axes.set_xlim(0.5, len(samples) + 0.5)
-    axes.set_xlabel("sampled epoch")
+    axes.set_xlabel("sampled epoch" if isinstance(samples[0], SampleEvent) else "epoch")
     axes.set_ylabel("validation accuracy, %")
     axes.grid(axis="y", color="#E6E6E6", lw=0.8)
     axes.set_axisbelow(True)

@@ -9,6 +9,7 @@ from ml_collections import config_dict
 
 from cpnas_jax import figures
 from cpnas_jax.architecture.edge_policy import Derivation, derive
+from cpnas_jax.architecture.events import EPOCHS
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.replay import ReplayResult
 from cpnas_jax.config import config_hash
@@ -71,7 +72,7 @@ def finish(
 
 def _draw(genotype: Genotype, lines: list[dict[str, Any]], path: Any) -> list[pathlib.Path]:
     drawings = figures.draw_cells(genotype, path)
-    if any(line["event"] == "sample" for line in lines):
+    if any(line["event"] in EPOCHS for line in lines):
         drawings += figures.draw_accuracies(lines, path)
     return drawings
 
@@ -84,7 +85,7 @@ def _write_results(
     skipped: int,
     flops: float | None,
 ) -> None:
-    samples = [line for line in lines if line["event"] == "sample"]
+    samples = [line for line in lines if line["event"] in EPOCHS]
     timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
     results = directory.read_json("results.json") or {}
     results["search"] = {

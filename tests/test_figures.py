@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from cpnas_jax.architecture.events import sample_line
+from cpnas_jax.architecture.events import epoch_line, sample_line
 from cpnas_jax.architecture.genotype import from_architecture
 from cpnas_jax.architecture.named import NAMES, named_genotype
 from cpnas_jax.figures import (
@@ -120,6 +120,26 @@ def test_accuracies_are_drawn_with_their_stages(epochs, tmp_path):
     assert svg.read_bytes() == first
     assert png.name == "accuracies.png"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("event", "missing", "label"),
+    [("sample", "parent", "sampled epoch"), ("epoch", "child", "epoch")],
+)
+def test_a_model_that_was_not_trained_is_not_drawn(tmp_path, event, missing, label):
+    drawn = lines(9)
+    if event == "epoch":
+        alpha = {cell: np.zeros((14, 8)) for cell in ("normal", "reduce")}
+        drawn = [
+            epoch_line(
+                epoch=n, accuracies={"parent": 0.5}, losses={}, objective=0, alpha=alpha, seconds=1
+            )
+            for n in range(1, 6)
+        ]
+    for line in drawn:
+        line[f"{missing}_accuracy"] = None
+    text = draw_accuracies(drawn, tmp_path)[1].read_text()
+    assert (f"{missing} (" in text, f">{label}<" in text) == (False, True)
 
 
 def test_a_bad_history_is_refused(tmp_path):

@@ -144,6 +144,9 @@ Event = SampleEvent | StageEvent | ChoiceEvent | ScoresEvent | PruningEvent | Ep
 EVENTS = ("sample", "stage", "choice", "scores", "pruning", "epoch")
 """What a line can be of."""
 
+EPOCHS = ("sample", "epoch")
+"""The lines of what was trained."""
+
 
 def sample_line(
     *,

@@ -25,6 +25,9 @@ from cpnas_jax.models.space import CELL_TYPES, CHILD, MODELS, NUM_OPERATIONS, OP
 MEASURES = ("accuracy", "log_likelihood")
 """What a scored architecture can be judged by."""
 
+_SPLITS = 4
+"""Random halvings that the reliability is a mean over."""
+
 # Far from the rounds of training: scored architectures are others.
 _SCORED = 2**20
 
@@ -180,7 +183,13 @@ class ChildParentPlus(Strategy):
         """Return the reliability of the credit so far; see `credit.reliability`."""
         architectures, scores, weights, groups, rounds = self._observations(lines)
         return reliability(
-            architectures, scores, survivors, weights=weights, groups=groups, rounds=rounds
+            architectures,
+            scores,
+            survivors,
+            weights=weights,
+            groups=groups,
+            rounds=rounds,
+            splits=_SPLITS,
         )
 
     def credit_of(self, lines: Sequence[Mapping[str, Any]]) -> Credit:

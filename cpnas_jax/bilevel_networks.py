@@ -101,13 +101,14 @@ class BilevelNetworks(SearchDevices):
             UserError: sizes of the config that the data or the memory do not allow.
         """
         search = config.search
-        super().__init__(
-            config,
-            train,
-            validation,
-            started,
-            Shards(jax.device_count(), config.runtime.deterministic),
-        )
+        virtual = config.runtime.deterministic
+        if virtual:
+            # Alpha's update is rounded otherwise on another number of devices.
+            raise UserError(
+                f"config.runtime.deterministic is {virtual}; with config.search.strategy="
+                f"{search.strategy} it must be 0: only the search by sampled epochs has it"
+            )
+        super().__init__(config, train, validation, started, Shards(jax.device_count()))
         if len(validation.labels) < search.batch_size:
             raise UserError(
                 f"config.search.batch_size is {search.batch_size}; the validation part, which "

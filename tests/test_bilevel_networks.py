@@ -227,6 +227,13 @@ def test_a_validation_part_below_a_batch_is_refused():
         networks_of(config)
 
 
+def test_the_deterministic_mode_is_refused():
+    config = config_of("pc_darts")
+    config.runtime.deterministic = 8
+    with pytest.raises(UserError, match=r"deterministic is 8; with .*=pc_darts it must be 0"):
+        networks_of(config)
+
+
 @pytest.mark.parametrize(
     ("strategy", "settings", "message"),
     [

@@ -80,11 +80,11 @@ TOY = Relaxation(
 )
 
 
-def settings_of(models, second_order=False, devices=DEVICES):
+def settings_of(models, second_order=False, devices=DEVICES, virtual=0):
     step = StepSettings(
         supernet=SupernetSettings(1, 2, (), CLASSES),
         batch_size=BATCH,
-        shards=Shards(devices),
+        shards=Shards(devices, virtual),
         crop_padding=1,
         flip=True,
         steps_per_epoch=TRAINING // BATCH,
@@ -93,7 +93,7 @@ def settings_of(models, second_order=False, devices=DEVICES):
     return BilevelSettings(step, tuple(m == CHILD for m in models), weights, WARMUP, second_order)
 
 
-def call_of(epoch, first_step=0, num_steps=1, stop=0):
+def call_of(epoch, first_step=0, num_steps=1, stop=0, passes=1):
     survivors = np.ones((2, 14, 8), bool)
     survivors[0, 0, 3] = False
     return BilevelCall(
@@ -103,7 +103,7 @@ def call_of(epoch, first_step=0, num_steps=1, stop=0):
         first_step=np.int32(first_step),
         num_steps=np.int32(num_steps),
         stop=np.int32(stop),
-        passes=np.int32(1),
+        passes=np.int32(passes),
         key=KEY,
     )
 
@@ -134,9 +134,9 @@ def on_devices(tree, devices):
     return jax.tree.map(lambda leaf: np.stack([leaf] * devices), tree)
 
 
-def program_of(models, second_order=False, devices=DEVICES):
+def program_of(models, second_order=False, devices=DEVICES, virtual=0):
     """(state, call) -> state and sums, of the first of so many devices that share the batches."""
-    settings = settings_of(models, second_order, devices)
+    settings = settings_of(models, second_order, devices, virtual)
     function = make_bilevel_call(
         settings, TOY, rule(models), alpha_optimizer(RATES["alpha"], RATES["decay"])
     )
@@ -302,6 +302,17 @@ def test_second_order_is_the_gradient_through_the_virtual_step(devices):
     close(jax.tree.map(lambda m: 2 * m, new.alpha.optimizer[1][0].mu), exact, 2e-4)
     close(found["objective"], value)
     assert np.abs(exact["normal"] - first_order["normal"]).max() > 2e-3
+
+
+def test_virtual_shards_are_the_same_up_to_rounding_on_one_device_and_on_two():
+    models = (CHILD, PARENT)
+    start, found = start_of(models), []
+    for devices in (1, 2):
+        program = program_of(models, False, devices, virtual=2)
+        found.append(program(start, call_of(1, 2, passes=2 // devices)))
+    close(*found, 1e-6)
+    value, _ = ByHand(start, models, 1, 2).alpha_gradient()
+    close(found[0][1]["objective"], value)
 
 
 def test_with_adam_the_virtual_step_is_the_plain_gradient():

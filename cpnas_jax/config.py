@@ -56,14 +56,14 @@ def base_config() -> config_dict.ConfigDict:
     # cp_plus: many scored architectures, shared credit, certain drops [ours]
     search.strategy = "cp"
     search.candidates = 7  # of random_search [ours]
-    # Of cp_plus, all of it [ours]; see docs/indicator.md.
-    search.plus_beta_p = 0.5  # of its z, in place of beta_p
-    search.measure = "accuracy"  # what z is made of: accuracy or log_likelihood
-    search.max_scored = 560  # architectures that are scored at most, shared by the stages
-    search.plus_score_examples = 2500  # images they are scored on, if score_examples is 0
-    search.reliability = 0.8  # of the credit, at which a stage has scored enough
-    search.certainty = 0.95  # at which more than the worst operation of an edge is dropped
-    search.carry = 0.5  # weight of a score one stage later
+    # Of cp_plus, see docs/indicator.md.
+    search.plus_beta_p = 0.5  # of its z, in place of beta_p [ours]
+    search.measure = "accuracy"  # what z is made of: accuracy or log_likelihood [ours]
+    search.max_scored = 560  # architectures that are scored at most, shared by the stages [ours]
+    search.plus_score_examples = 2500  # images they are scored on, if score_examples is 0 [ours]
+    search.reliability = 0.8  # of the credit, at which a stage has scored enough [ours]
+    search.certainty = 0.95  # at which more than an edge's worst operation is dropped [ours]
+    search.carry = 0.5  # weight of a score one stage later [ours]
     # data: the devices share each batch [paper: one device]; path: each group of devices trains
     # another architecture of a round at the same time, see docs/devices.md [ours]
     search.parallel = "data"

@@ -10,6 +10,12 @@ OF_GRADIENT = {
 }
 """Keys of the gradient strategies alone."""
 
+OF_SAMPLED = {
+    *("search.candidates", "search.plus_beta_p", "search.measure", "search.max_scored"),
+    *("search.plus_score_examples", "search.reliability", "search.certainty", "search.carry"),
+}
+"""Keys of other strategies of sampled paths than `cp`."""
+
 
 def note_reads(monkeypatch, config):
     """Return a set to which every dotted key that is read from now on is added."""

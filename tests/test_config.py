@@ -75,7 +75,7 @@ SEARCHLESS = ("imagenet",)
 )
 def test_every_config_builds_and_validates(path, argument):
     mode = (argument or "").split(",")[0]
-    if path.stem in SEARCHLESS and mode in ("search", "pipeline"):
+    if path.stem in SEARCHLESS and mode in ("search", "pipeline", "compare"):
         with pytest.raises(UserError, match=f"has no {mode}, only train, evaluate, summary"):
             load(path, argument)
         return
@@ -178,6 +178,7 @@ def test_a_batch_that_devices_do_not_divide(mode, words):
 
 
 INDIFFERENT = {
+    *("compare.strategies", "compare.seeds", "compare.beta_p"),
     "mode",
     "genotype",
     "network.precision",
@@ -229,4 +230,38 @@ def test_a_genotype_is_not_searched(mode):
     config = configs.base_config()
     config.update(mode=mode, genotype="DARTS_V2")
     with pytest.raises(UserError, match=f"config.genotype is 'DARTS_V2'; with the mode {mode}"):
+        configs.validate(config, num_devices=1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (
+            {"search.strategy": "cp_plus", "search.parallel": "path"},
+            r"config.search.parallel is 'path'; with config.search.strategy=cp_plus it must be",
+        ),
+        (
+            {"search.strategy": "random_search", "search.candidates": 71, "search.rounds": 1},
+            r"config.search.candidates is 71; it must be at most 70",
+        ),
+        (
+            {"search.strategy": "cp_gradient", "search.epochs": 20},
+            r"config.search.epochs is 20; after 15 epochs of .* at least 7 must follow",
+        ),
+        ({"compare.strategies": ("cp", "cp")}, r"config.compare.strategies is .* different names"),
+        ({"compare.strategies": ()}, r"config.compare.strategies is \(\); it must be"),
+        ({"compare.seeds": (0, -1)}, r"config.compare.seeds is \(0, -1\); it must be"),
+        ({"compare.beta_p": ("two",)}, r"config.compare.beta_p is .*; it must be"),
+        ({"mode": "compare", "genotype": "DARTS_V2"}, r"config.genotype is 'DARTS_V2'; with the"),
+    ],
+)
+def test_keys_of_strategies_and_comparisons_fit_each_other(keys, words):
+    config = configs.base_config()
+    for key, value in keys.items():
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    with pytest.raises(UserError, match=words):
         configs.validate(config, num_devices=1)

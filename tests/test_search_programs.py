@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from oracle import replace_data
-from reads import OF_GRADIENT, note_reads
+from reads import OF_GRADIENT, OF_SAMPLED, note_reads
 from rich.console import Console
 
 from cpnas_jax import config as configs
@@ -169,8 +169,8 @@ OF_TRAINING = {
 }
 OF_SEARCH = {
     key
-    for key in configs.RULED_KEYS - OF_TRAINING - OF_GRADIENT
-    if key.split(".")[0] not in ("network", "train", "evaluate")
+    for key in configs.RULED_KEYS - OF_TRAINING - OF_GRADIENT - OF_SAMPLED
+    if key.split(".")[0] not in ("network", "train", "evaluate", "compare")
 }
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from oracle import FIVE, TOTAL, Oracle, log_of, replace_data, run
+from reads import OF_SAMPLED, note_reads
 
 from cpnas_jax.architecture.replay import replay
 from cpnas_jax.architecture.strategy import RandomSearch
@@ -145,6 +146,16 @@ def test_the_end_of_a_log_of_another_strategy(monkeypatch, tmp_path):
     strategy = sampled_strategy(base_config())
     with pytest.raises(UserError, match="it is the choice line of stage 5; expected the sample"):
         replay(log_of(tmp_path), strategy)
+
+
+def test_every_key_of_these_strategies_is_read(monkeypatch):
+    config = base_config()
+    read = note_reads(monkeypatch, config)
+    for strategy in ("cp_plus", "random_search"):
+        config.search.strategy = strategy
+        sampled_strategy(config)
+    # How many images are scored is the networks' business.
+    assert OF_SAMPLED - {"search.plus_score_examples"} <= read
 
 
 def test_scores_are_only_of_what_is_trained():

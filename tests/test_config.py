@@ -207,7 +207,7 @@ def another(value):
         return not value
     if isinstance(value, (int, float)):
         return value + 1
-    return (*value, value[0]) if isinstance(value, tuple) else value + "x"
+    return (*value, *(value[:1] or (1.0,))) if isinstance(value, tuple) else value + "x"
 
 
 @pytest.mark.parametrize("phase", ["search", "train"])

@@ -19,8 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
-from cpnas_jax.architecture.events import EpochEvent, SampleEvent, parse_line
+from cpnas_jax.architecture.events import EpochEvent, SampleEvent
 from cpnas_jax.architecture.genotype import Edge, Genotype
+from cpnas_jax.architecture.parsing import parse_line
 from cpnas_jax.models.space import CELL_TYPES, NUM_INPUTS, NUM_NODES, OPERATIONS
 from cpnas_jax.runtime.atomic import write_atomically
 from cpnas_jax.runtime.errors import UserError

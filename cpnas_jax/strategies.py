@@ -7,8 +7,8 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from cpnas_jax.architecture.events import parse_history
 from cpnas_jax.architecture.gradient import GradientRule, replay_gradient
+from cpnas_jax.architecture.parsing import parse_history
 from cpnas_jax.architecture.plus import ChildParentPlus, PlusSettings
 from cpnas_jax.architecture.replay import ReplayResult, replay
 from cpnas_jax.architecture.sampling import num_sampled_epochs

@@ -11,7 +11,7 @@ from rich.console import Console
 from cpnas_jax import config as configs
 from cpnas_jax import figures
 from cpnas_jax import search as search_module
-from cpnas_jax.architecture.events import parse_history
+from cpnas_jax.architecture.parsing import parse_history
 from cpnas_jax.data.datasets import Split
 from cpnas_jax.models.space import OPERATIONS, PARENT
 from cpnas_jax.runtime.console import Reporter

@@ -7,7 +7,7 @@ import pytest
 from oracle import FIVE, log_of, replace_data, run
 
 from cpnas_jax import search as search_module
-from cpnas_jax.architecture.events import parse_line
+from cpnas_jax.architecture.parsing import parse_line
 from cpnas_jax.models.space import CHILD, MODELS, OPERATIONS
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import Stopped, stop_wished

@@ -17,8 +17,8 @@ from outcomes import lines, search_outcome
 from rich.console import Console
 
 from cpnas_jax import config as configs
-from cpnas_jax.architecture.events import parse_history
 from cpnas_jax.architecture.genotype import Genotype
+from cpnas_jax.architecture.parsing import parse_history
 from cpnas_jax.architecture.replay import replay
 from cpnas_jax.architecture.strategy import ChildParent
 from cpnas_jax.runtime.console import Reporter

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cpnas_jax.architecture.events import EpochEvent, StageEvent, parse_line, stage_line
+from cpnas_jax.architecture.events import EpochEvent, StageEvent, stage_line
 from cpnas_jax.architecture.indicator import drop_worst, final_operations, indicator
+from cpnas_jax.architecture.parsing import parse_line
 from cpnas_jax.architecture.replay import TOLERANCE, ReplayResult
 from cpnas_jax.architecture.sampling import LAST_STAGE, all_survivors, num_surviving
 from cpnas_jax.architecture.strategy import Decision

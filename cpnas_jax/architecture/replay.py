@@ -13,9 +13,9 @@ from cpnas_jax.architecture.events import (
     SampleEvent,
     ScoresEvent,
     StageEvent,
-    parse_line,
 )
 from cpnas_jax.architecture.indicator import drop_worst, final_operations, indicator
+from cpnas_jax.architecture.parsing import parse_line
 from cpnas_jax.architecture.plus import ChildParentPlus
 from cpnas_jax.architecture.sampling import LAST_STAGE, all_survivors, operation_names
 from cpnas_jax.architecture.strategy import ChildParent, RandomSearch, Strategy

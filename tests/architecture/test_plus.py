@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpnas_jax.architecture.events import parse_line, scores_line
+from cpnas_jax.architecture.events import scores_line
+from cpnas_jax.architecture.parsing import parse_line
 from cpnas_jax.architecture.plus import ChildParentPlus, PlusSettings, balanced_permutations
 from cpnas_jax.architecture.sampling import all_survivors, stage_permutations
 from cpnas_jax.models.space import OPERATIONS

@@ -6,18 +6,14 @@ import numpy as np
 import pytest
 
 from cpnas_jax.architecture.alpha import restart, update_alpha
-from cpnas_jax.architecture.events import (
-    parse_history,
-    parse_line,
-    sample_line,
-    stage_line,
-)
+from cpnas_jax.architecture.events import sample_line, stage_line
 from cpnas_jax.architecture.indicator import (
     child_parent_score,
     drop_worst,
     final_operations,
     indicator,
 )
+from cpnas_jax.architecture.parsing import parse_history, parse_line
 from cpnas_jax.architecture.replay import replay
 from cpnas_jax.architecture.sampling import all_survivors, stage_permutations
 from cpnas_jax.architecture.strategy import ChildParent

@@ -22,6 +22,7 @@ from cpnas_jax.data.datasets import Split
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.feed import Facts
 from cpnas_jax.models.space import CHILD
+from cpnas_jax.network_config import network_settings
 from cpnas_jax.runtime.costs import Cost, program_cost
 from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.train_step import TrainCall, make_batch_step, make_stream_call
@@ -135,9 +136,7 @@ def training_work(config: config_dict.ConfigDict, genotype: str, devices: int) -
     """Return what a step of training a published genotype costs each of so many devices."""
     feed = _NoFeed(config)
     with _good_steps(devices):
-        settings = trainer.network_settings(
-            config, named_genotype(genotype), IMAGENET_CLASSES, binary=True
-        )
+        settings = network_settings(config, named_genotype(genotype), IMAGENET_CLASSES, binary=True)
         own = trainer.Trainer(config, settings, feed)
         step_settings = own._step_settings(False)
         step = make_batch_step(step_settings, own._optimizer, own._parent_optimizer)

@@ -13,6 +13,7 @@ from cpnas_jax.data.undecodable import tell_skipped
 from cpnas_jax.feed import Feed
 from cpnas_jax.feeds import open_feed
 from cpnas_jax.models.summary import Summary, summarise, table
+from cpnas_jax.network_config import network_settings
 from cpnas_jax.runtime.checkpoints import Checkpoints, holds_checkpoints
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
@@ -25,7 +26,7 @@ from cpnas_jax.trained import (
     resolve_genotype,
     training_hash,
 )
-from cpnas_jax.trainer import Trainer, network_settings
+from cpnas_jax.trainer import Trainer
 
 
 def summary_mode(

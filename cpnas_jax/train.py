@@ -14,6 +14,7 @@ from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.evaluate import Evaluation
 from cpnas_jax.feed import Facts, Feed
 from cpnas_jax.feeds import open_feed
+from cpnas_jax.network_config import network_settings
 from cpnas_jax.runtime import environment, processes, stall
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
@@ -27,7 +28,7 @@ from cpnas_jax.trained import (
     resolve_genotype,
     training_hash,
 )
-from cpnas_jax.trainer import EpochSums, Trainer, network_settings
+from cpnas_jax.trainer import EpochSums, Trainer
 
 
 @dataclasses.dataclass

@@ -12,15 +12,13 @@ import optax
 from ml_collections import config_dict
 
 from cpnas_jax import evaluate, train_optimizer
-from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.config_rules import check_fits_images
 from cpnas_jax.data.order import weights_key
 from cpnas_jax.diagnosis import NotFinite, explained, once
 from cpnas_jax.feed import Feed
 from cpnas_jax.models import losses, network
-from cpnas_jax.models.binarize import Binarizer
-from cpnas_jax.models.blocks import Levers, OperationSettings
-from cpnas_jax.models.network import CellEdges, Network, NetworkSettings
+from cpnas_jax.models.blocks import Levers
+from cpnas_jax.models.network import Network, NetworkSettings
 from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import stop_wished
@@ -46,37 +44,6 @@ _KNOBS = (
     "images, set config.network.recompute=True, or use more devices"
 )
 _EVALUATION_KNOBS = "config.evaluate.batch_size"
-
-
-def network_settings(
-    config: config_dict.ConfigDict, genotype: Genotype, num_classes: int, *, binary: bool
-) -> NetworkSettings:
-    """Return the network of a config and a genotype, as child or as parent."""
-    net = config.network
-
-    def edges(cell: Any) -> CellEdges:
-        return tuple((edge.source, edge.target, edge.operation) for edge in cell)
-
-    levers = {field.name: net[field.name] for field in dataclasses.fields(Levers)}
-    return NetworkSettings(
-        normal=edges(genotype.normal),
-        reduce=edges(genotype.reduce),
-        cells=net.cells,
-        channels=net.channels,
-        num_classes=num_classes,
-        stem=net.stem,
-        auxiliary=net.auxiliary,
-        binary=binary,
-        recompute=net.recompute,
-        operations=OperationSettings(
-            binarizer=Binarizer(**config.binarizer.to_dict()),
-            formulation=config.runtime.formulation,
-            separable_repeats=net.separable_repeats,
-            binary_preprocess=net.binary_preprocess,
-            normalize_pools=net.normalize_pools,
-            levers=Levers(**levers) if binary else Levers(),
-        ),
-    )
 
 
 def _num_bytes(tree: Any) -> int:

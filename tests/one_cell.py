@@ -11,10 +11,11 @@ from cpnas_jax import feeds
 from cpnas_jax.architecture.genotype import Edge, Genotype
 from cpnas_jax.data.datasets import Split
 from cpnas_jax.models.space import EDGES
+from cpnas_jax.network_config import network_settings
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.train import train
-from cpnas_jax.trainer import Trainer, network_settings
+from cpnas_jax.trainer import Trainer
 
 # As little to compile as there can be with a pool, a factorized reduce and a binary convolution.
 CHOSEN = {

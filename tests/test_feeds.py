@@ -15,11 +15,12 @@ from cpnas_jax import config as configs
 from cpnas_jax import feeds
 from cpnas_jax.data import views
 from cpnas_jax.models.network import Network
+from cpnas_jax.network_config import network_settings
 from cpnas_jax.runtime import parallel, stall
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.train import train
-from cpnas_jax.trainer import EpochSums, Trainer, network_settings
+from cpnas_jax.trainer import EpochSums, Trainer
 
 SIZE = 8
 BATCH = 16

@@ -33,11 +33,12 @@ from cpnas_jax import train as train_module
 from cpnas_jax import trained as trained_module
 from cpnas_jax.models.network import Network
 from cpnas_jax.models.summary import summarise
+from cpnas_jax.network_config import network_settings
 from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.packing import digest
 from cpnas_jax.runtime.parallel import replicate
-from cpnas_jax.trainer import EpochSums, network_settings
+from cpnas_jax.trainer import EpochSums
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,7 +9,8 @@ from workloads import full_config
 
 from cpnas_jax import feeds
 from cpnas_jax.architecture.named import named_genotype
-from cpnas_jax.trainer import Trainer, network_settings
+from cpnas_jax.network_config import network_settings
+from cpnas_jax.trainer import Trainer
 
 
 def check_training(patch, config, genotype, binary, channels):

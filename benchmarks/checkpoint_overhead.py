@@ -1,13 +1,14 @@
 """What saving at every sampled epoch costs a search.
 
     python benchmarks/checkpoint_overhead.py [--config configs/mnist5k.py:search]
-        [--data-dir DIR] [--seed 0]
+        [--data-dir DIR] [--seed 0] [--pairs 20]
 
-One search, which saves after every other sampled epoch alone. A save costs the time for which the
-search waits for it, and what it takes from the epoch that follows while it is written in the
-background: the difference between sampled epochs with and without a save under way. Shares are of
-a sampled epoch without a save, so that they are those of a search that saves after every one.
-Prints a table, then one JSON object as the last line.
+Architectures differ by more than a save costs. So every sampled epoch is run twice with the same
+architecture, from the same weights, once with the save of the epoch before written in the
+background and once without, in alternating order. The cost is the time for which the search waits
+until the background takes over, and the difference between the two. Processor time, of all cores,
+is less noisy than time, and an upper bound of what a save costs a search that keeps all cores
+busy is its share. Prints a table, then one JSON object as the last line.
 """
 
 import argparse
@@ -18,78 +19,132 @@ import platform
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
+import numpy as np
+
+from cpnas_jax.architecture.events import sample_line
+from cpnas_jax.architecture.sampling import num_sampled_epochs, stage_permutations
+from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
 from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.checkpoints import Checkpoints
-from cpnas_jax.runtime.console import Reporter
-from cpnas_jax.search import search
+from cpnas_jax.search_networks import MODELS, EpochSums, Networks
+from cpnas_jax.search_state import Progress
 
 
-def main() -> None:
-    """Search once, print a table and a JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/mnist5k.py:search")
-    parser.add_argument("--data-dir", default="")
-    parser.add_argument("--seed", type=int, default=0)
-    flags = parser.parse_args()
-    path, _, words = flags.config.partition(":")
+def load_config(argument: str):
+    """Return the config of a --config argument."""
+    path, _, words = argument.partition(":")
     spec = importlib.util.spec_from_file_location("config", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config(words)
+    return module.get_config(words)
+
+
+def sampled_epoch(networks: Networks, architectures: np.ndarray) -> None:
+    """Train and score both models, as a search does."""
+    for model in MODELS:
+        sums = EpochSums()
+        while sums.steps < networks.steps_per_epoch:
+            networks.train(model, architectures, 0, sums)
+        networks.score(model, architectures)
+
+
+def main() -> None:
+    """Time pairs of sampled epochs, print a table and a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/mnist5k.py:search")
+    parser.add_argument("--data-dir", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pairs", type=int, default=20)
+    flags = parser.parse_args()
+    config = load_config(flags.config)
     config.seed, config.dataset.data_dir = flags.seed, flags.data_dir
     environment.cache_compiled_programs()
+    split = load_split(
+        config.dataset.name,
+        "train",
+        config.dataset.data_dir or None,
+        config.dataset.image_size or None,
+    )
+    split = limit_examples(split, config.search.examples, config.seed, "search.examples")
+    parts = train_validation_parts(split, config.search.validation_fraction, config.seed)
+    total = num_sampled_epochs(config.search.rounds)
+    networks = Networks(config, *parts, total, time.monotonic())
+    networks.load(networks.initial_state())
+    progress = Progress.start(tuple(config.search.operations))
+    # As long a history as a search has in the end.
+    history = []
 
-    waited: list[float] = []
-    epochs = 0
-    save = Checkpoints.save
+    waits, differences, alone, processor, processor_alone = [], [], [], [], []
+    with tempfile.TemporaryDirectory() as scratch, Checkpoints(scratch, keep=2) as checkpoints:
 
-    def every_other(self, *arguments):
-        nonlocal epochs
-        epochs += 1
-        before = time.perf_counter()
-        if epochs % 2:
-            save(self, *arguments)
-            waited.append(time.perf_counter() - before)
-        else:
-            # The next epoch has the processors for itself.
-            self.wait()
+        def timed(architecture: np.ndarray, number: int | None) -> tuple[float, float, float]:
+            """Return the seconds of waiting for a save, of the sampled epoch, and of processors."""
+            before, used = time.perf_counter(), time.process_time()
+            if number is not None:
+                state = {**networks.host_state(), **progress.arrays()}
+                checkpoints.save(number, state, {"history": history})
+            begun = time.perf_counter()
+            sampled_epoch(networks, architecture)
+            ended = time.perf_counter()
+            checkpoints.wait()
+            return begun - before, ended - begun, time.process_time() - used
 
-    Checkpoints.save = every_other
-    with tempfile.TemporaryDirectory() as scratch:
-        workdir = Path(scratch) / "run"
-        before = time.perf_counter()
-        search(config, workdir, Reporter())
-        whole = time.perf_counter() - before
-        lines = [json.loads(line) for line in (workdir / "search/history.jsonl").open()]
-    seconds = [line["seconds"] for line in lines if line["event"] == "sample"]
-    # The first two compile; a save after an epoch of odd number is written during an even one.
-    beside, apart = seconds[3::2], seconds[2::2]
-    wait, slowed = statistics.mean(waited[1:]), statistics.mean(beside) - statistics.mean(apart)
-    error = (
-        statistics.variance(beside) / len(beside) + statistics.variance(apart) / len(apart)
-    ) ** 0.5
-    epoch = statistics.mean(apart)
+        for pair in range(-1, flags.pairs):
+            round_index, sample = divmod(pair + 1, 8)
+            architecture = stage_permutations(0, 8, round_index + 1, progress.survivors)[sample]
+            history += 2 * [
+                sample_line(
+                    stage=8,
+                    round_index=round_index + 1,
+                    sample=sample + 1,
+                    architecture=architecture,
+                    child_accuracy=0.5,
+                    parent_accuracy=0.5,
+                    z=0.5,
+                    seconds=1.0,
+                )
+            ]
+            states = networks.host_state()
+            found = {}
+            for saved in (True, False) if pair % 2 else (False, True):
+                networks.load(states)
+                found[saved] = timed(architecture[None], pair + 1 if saved else None)
+            # The first pair compiles.
+            if pair >= 0:
+                waits.append(found[True][0])
+                differences.append(found[True][1] - found[False][1])
+                alone.append(found[False][1])
+                processor.append(found[True][2] - found[False][2])
+                processor_alone.append(found[False][2])
+    epoch, number = statistics.mean(alone), len(alone)
+    costs = [wait + difference for wait, difference in zip(waits, differences, strict=True)]
+    busy = statistics.mean(processor_alone)
+    shares = {
+        name: (statistics.mean(values) / whole, statistics.stdev(values) / number**0.5 / whole)
+        for name, values, whole in (
+            ("wait", waits, epoch),
+            ("background", differences, epoch),
+            ("save", costs, epoch),
+            ("processor time", processor, busy),
+        )
+    }
+    print(f"sampled epoch without a save   {epoch:8.3f} s   n = {number}")
+    for name, (share, error) in shares.items():
+        print(f"{name:<30} {share:8.2%}   standard error {error:.2%}")
     result = {
         "benchmark": "checkpoint_overhead",
         "config": flags.config,
-        "whole_seconds": whole,
         "epoch_seconds": epoch,
-        "wait_share": wait / epoch,
-        "longest_wait_share": max(waited[1:]) / epoch,
-        "background_share": slowed / epoch,
-        "background_standard_error": error / epoch,
-        "saves": len(waited),
+        "epoch_processor_seconds": busy,
+        "pairs": number,
+        "shares": {name: share for name, (share, _) in shares.items()},
+        "standard_errors": {name: error for name, (_, error) in shares.items()},
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
-    print(f"sampled epoch without a save   {epoch:8.3f} s   n = {len(apart)}")
-    print(f"waiting for a save             {wait / epoch:8.2%}     n = {len(waited) - 1}")
-    print(f"beside a save, longer by       {slowed / epoch:8.2%}     +- {error / epoch:.2%}")
-    print(f"a save at every sampled epoch  {(wait + slowed) / epoch:8.2%}     of the run time")
     print(json.dumps(result))
 
 

@@ -63,7 +63,7 @@ def base_config() -> config_dict.ConfigDict:
     search.plus_score_examples = 2500  # images they are scored on, if score_examples is 0 [ours]
     search.reliability = 0.8  # of the credit, at which a stage has scored enough [ours]
     search.certainty = 0.95  # at which more than an edge's worst operation is dropped [ours]
-    search.carry = 0.5  # weight of a score one stage later [ours]
+    search.carry = 1.0  # weight of a score one stage later [ours]
     # data: the devices share each batch [paper: one device]; path: each group of devices trains
     # another architecture of a round at the same time, see docs/devices.md [ours]
     search.parallel = "data"

@@ -11,7 +11,6 @@ from cpnas_jax.architecture.events import epoch_line
 from cpnas_jax.architecture.gradient import GradientRule
 from cpnas_jax.architecture.sampling import all_survivors
 from cpnas_jax.bilevel_networks import BilevelNetworks, BilevelSums
-from cpnas_jax.decision_text import decision_text
 from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.checkpoints import Checkpoints, Restored
 from cpnas_jax.runtime.console import Reporter, duration
@@ -146,6 +145,6 @@ class BilevelRun(SearchRun):
         if self.rule.ends_stage(self._epoch):
             decision = self.rule.decide(alpha, self._survivors)
             self._survivors = decision.survivors
-            self.history.append(decision.line)
-            self.reporter.say(decision_text(decision.line))
+            self.tell_decision(decision.line)
+            self.warn_of_collapse()
         self.save()

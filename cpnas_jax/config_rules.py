@@ -184,6 +184,8 @@ RULES = {
     "search.child_weight": _number(-100, 100),
     "search.parent_weight": _number(-100, 100),
     "search.gate_temperature": _number(0, 1000, open_low=True),
+    "search.collapse_share": _number(0, 1),
+    "search.max_skips": _integer(-1, 14),
     "search.edge_policy": _one_of(EDGE_POLICIES),
     "binarizer.activation_estimator": _one_of(ESTIMATORS),
     "binarizer.weight_estimator": _one_of(ESTIMATORS),

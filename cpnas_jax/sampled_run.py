@@ -10,7 +10,6 @@ from ml_collections import config_dict
 from cpnas_jax.architecture.events import sample_line, scores_line
 from cpnas_jax.architecture.sampling import LAST_STAGE, all_survivors
 from cpnas_jax.architecture.strategy import Strategy
-from cpnas_jax.decision_text import decision_text
 from cpnas_jax.models.space import CHILD, PARENT
 from cpnas_jax.runtime import processes, stall
 from cpnas_jax.runtime.checkpoints import Checkpoints, Restored
@@ -261,9 +260,9 @@ class SampledRun(SearchRun):
             alpha=progress.alpha,
             survivors=decision.survivors,
         )
-        self.history.append(decision.line)
-        self.reporter.say(decision_text(decision.line))
+        self.tell_decision(decision.line)
         progress.survivors = decision.survivors
+        self.warn_of_collapse()
         position.stage = int(decision.survivors.sum(axis=-1).max())
         position.scored_before += position.scored
         position.round_index, position.scored = 1, 0

@@ -1,5 +1,6 @@
 """The end of a search: its log checked, the genotype derived from it, the results written."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -8,9 +9,10 @@ from typing import Any
 from ml_collections import config_dict
 
 from cpnas_jax import figures
+from cpnas_jax.architecture.collapse import limit_skips
 from cpnas_jax.architecture.edge_policy import Derivation, derive
 from cpnas_jax.architecture.events import EPOCHS
-from cpnas_jax.architecture.genotype import Genotype
+from cpnas_jax.architecture.genotype import Genotype, indicator_pairs
 from cpnas_jax.architecture.replay import ReplayResult
 from cpnas_jax.config import config_hash
 from cpnas_jax.runtime import processes
@@ -45,12 +47,22 @@ def finish(
     assert checked.operations is not None
     assert checked.worth is not None
     assert checked.compared is not None
-    derivation = derive(
+    operations, compared, policy = (
         checked.operations,
-        checked.worth,
         checked.compared,
         config.search.edge_policy,
-        indicator=checked.indicator,
+    )
+    changes: tuple[str, ...] = ()
+    if config.search.max_skips >= 0:
+        limited = limit_skips(operations, checked.worth, compared, policy, config.search.max_skips)
+        operations, compared, changes = limited.operations, limited.compared, limited.changes
+        for change in changes:
+            reporter.say(change)
+    derivation = derive(
+        operations,
+        checked.worth,
+        compared,
+        policy,
         provenance={
             "config_hash": config_hash(config),
             "seed": config.seed,
@@ -58,13 +70,17 @@ def finish(
             "strategy": config.search.strategy,
         },
     )
+    if checked.indicator is not None:
+        pairs = indicator_pairs(checked.indicator, checked.compared)
+        genotype = dataclasses.replace(derivation.genotype, indicator=pairs)
+        derivation = dataclasses.replace(derivation, genotype=genotype)
     for restored in derivation.restored:
         reporter.say(str(restored))
     genotype, path = derivation.genotype, directory.path
     processes.require_agreement("the end of the search", genotype=genotype.to_json())
     drawings = processes.from_first(lambda: _draw(genotype, lines, path))
     reporter.say(figures.cell_tables(genotype))
-    _write_results(config, directory, derivation, lines, skipped, flops)
+    _write_results(config, directory, derivation, changes, lines, skipped, flops)
     processes.first_alone(lambda: genotype.save(path / "genotype.json"))
     reporter.say(f"Wrote {path / 'genotype.json'} and {', '.join(p.name for p in drawings)}.")
     return genotype
@@ -81,6 +97,7 @@ def _write_results(
     config: config_dict.ConfigDict,
     directory: Workdir,
     derivation: Derivation,
+    changes: tuple[str, ...],
     lines: list[dict[str, Any]],
     skipped: int,
     flops: float | None,
@@ -101,6 +118,8 @@ def _write_results(
         "operation_counts": derivation.genotype.operation_counts(),
         # Edges that are not as the search left them, such as those of a dead node.
         "restored": [str(restored) for restored in derivation.restored],
+        # Skip connections over a limit.
+        "limited": list(changes),
         "undecodable": {"train": skipped},
         # Two runs took the same way exactly if these agree; durations are left out.
         "history_sha256": hashlib.sha256(json.dumps(timeless).encode()).hexdigest(),

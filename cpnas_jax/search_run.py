@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 from ml_collections import config_dict
 
+from cpnas_jax.architecture.collapse import parameter_free_share
 from cpnas_jax.config import config_hash, deciding_keys, flatten
 from cpnas_jax.data.undecodable import refuse_other
+from cpnas_jax.decision_text import decision_text
 from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.runtime import environment, stall
 from cpnas_jax.runtime.checkpoints import Checkpoints, Restored
@@ -214,6 +216,20 @@ class SearchRun(abc.ABC):
     @abc.abstractmethod
     def spend(self, seconds: float) -> None:
         """Count time to the epoch under way."""
+
+    def tell_decision(self, line: dict[str, Any]) -> None:
+        """Put the end of a stage into the history, and say what it decided."""
+        self.history.append(line)
+        self.reporter.say(decision_text(line))
+
+    def warn_of_collapse(self) -> None:
+        """Say when too much of what survives has no parameters."""
+        share, most = parameter_free_share(self.survivors), self.config.search.collapse_share
+        if share > most:
+            self.reporter.say(
+                f"warning: {share:.0%} of the surviving operations are skip, pooling or none, more "
+                f"than config.search.collapse_share={most:g}; the search may be collapsing"
+            )
 
     def tell_start(self, seconds: float) -> None:
         """Say how long the start took and what the whole will take, from its first epoch."""

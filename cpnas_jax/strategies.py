@@ -60,6 +60,7 @@ def sampled_strategy(config: config_dict.ConfigDict) -> Strategy:
         epochs=epochs if name == "random_search" else 0,
         policy=search.edge_policy,
         operations=operations,
+        max_skips=search.max_skips,
     )
 
 

@@ -261,3 +261,37 @@ class TestReplayOfCpPlus:
         edge[0] = next(name for name in FIVE if name not in edge)
         with pytest.raises(UserError, match="dropped of the reduce cell, edge"):
             replay(lines, strategy)
+
+
+class LikesSkips(Oracle):
+    """Skips are worth most, then pooling."""
+
+    worth = np.array([0.1, 0.3, 0.2, 0.9, 0.05, 0.0, 0.0, 0.0])
+
+
+def test_a_collapse_is_warned_of(monkeypatch, tmp_path):
+    settings = {"strategy": "cp_plus", "max_scored": 48}
+    _, said = run(monkeypatch, tmp_path, LikesSkips, **settings)
+    warning = "warning: 100% of the surviving operations are skip, pooling or none, more than"
+    assert f"{warning} config.search.collapse_share=0.75" in said
+    _, said = run(monkeypatch, tmp_path / "quiet", LikesSkips, collapse_share=1.0, **settings)
+    assert "warning" not in said
+
+
+def test_skips_over_the_limit_are_replaced_aloud_and_on_record(monkeypatch, tmp_path):
+    genotype, said = run(
+        monkeypatch,
+        tmp_path,
+        LikesSkips,
+        strategy="cp_plus",
+        max_scored=48,
+        max_skips=2,
+        edge_policy="top2",
+    )
+    counts = genotype.operation_counts()
+    assert [counts[cell]["skip_connect"] for cell in ("normal", "reduce")] == [2, 2]
+    results = json.loads((tmp_path / "results.json").read_text())["search"]
+    assert len(results["limited"]) >= 2 * (8 - 2)
+    for line in results["limited"]:
+        assert "over config.search.max_skips=2" in line
+        assert line in said

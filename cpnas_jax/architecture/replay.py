@@ -190,7 +190,7 @@ class _State:
             "architecture", event.architecture, candidate.architecture, "the candidate has"
         )
         self.worth = np.where(self.survivors, candidate.values, np.nan)
-        self.compared, self.operations = self.survivors, candidate.drawn
+        self.compared, self.operations = candidate.compared, candidate.drawn
         self._end_stage(decision.survivors)
 
     def _take_scores(self, event: ScoresEvent) -> None:

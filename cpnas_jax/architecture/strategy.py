@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from cpnas_jax.architecture.alpha import Alpha, restart, update_alpha
+from cpnas_jax.architecture.collapse import limit_skips
 from cpnas_jax.architecture.edge_policy import derive
 from cpnas_jax.architecture.events import choice_line, stage_line
 from cpnas_jax.architecture.genotype import EdgePolicy
@@ -212,15 +213,19 @@ class Candidate:
     Attributes:
         values: f64[2, 14, 8], uniform in [0, 1); what a policy ranks edges by.
         drawn: int32[2, 14], the offered operation with the largest value of every edge.
+        compared: bool[2, 14, 8], what was offered, less the skips that a limit took.
         architecture: int32[2, 14], what the derived network has, `none` where it has no edge.
     """
 
     values: np.ndarray
     drawn: np.ndarray
+    compared: np.ndarray
     architecture: np.ndarray
 
 
-def draw_candidate(seed: int, number: int, offered: np.ndarray, policy: EdgePolicy) -> Candidate:
+def draw_candidate(
+    seed: int, number: int, offered: np.ndarray, policy: EdgePolicy, max_skips: int = -1
+) -> Candidate:
     """Draw an architecture uniformly, as far as the edge policy leaves it.
 
     It uses the raw stream of a PCG64, as `sampling.stage_permutations` does. What is trained must
@@ -232,14 +237,19 @@ def draw_candidate(seed: int, number: int, offered: np.ndarray, policy: EdgePoli
         number: from 1.
         offered: bool[2, 14, 8].
         policy: of the derived genotype.
+        max_skips: of a derived cell; -1 for any number.
     """
     # The last number keeps the stream apart from those of the permutations.
     stream = np.random.PCG64(np.random.SeedSequence([seed, number, 0, 1]))
     raw = stream.random_raw(SHAPE[0] * SHAPE[1] * NUM_OPERATIONS).reshape(*SHAPE, NUM_OPERATIONS)
     values = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
     drawn = np.where(offered, values, -1.0).argmax(axis=-1).astype(np.int32)
-    genotype = derive(drawn, values, offered, policy).genotype
-    return Candidate(values, drawn, genotype.architecture())
+    compared = offered
+    if max_skips >= 0:
+        limited = limit_skips(drawn, values, offered, policy, max_skips)
+        drawn, compared = limited.operations, limited.compared
+    genotype = derive(drawn, values, compared, policy).genotype
+    return Candidate(values, drawn, compared, genotype.architecture())
 
 
 class RandomSearch(Strategy):
@@ -260,6 +270,7 @@ class RandomSearch(Strategy):
         epochs: int,
         policy: EdgePolicy,
         operations: Sequence[str] = OPERATIONS,
+        max_skips: int = -1,
     ) -> None:
         """Take the settings of a search.
 
@@ -269,11 +280,12 @@ class RandomSearch(Strategy):
             epochs: m, of each; 0 trains nothing, and n must be 1.
             policy: of the derived genotype.
             operations: names that an edge chooses from.
+            max_skips: of a derived cell; -1 for any number.
         """
         if not epochs and candidates != 1:
             raise ValueError(f"{candidates} candidates cannot be told apart without training")
         self.seed, self.candidates, self.epochs, self.policy = seed, candidates, epochs, policy
-        self.operations = tuple(operations)
+        self.operations, self.max_skips = tuple(operations), max_skips
         self.total, self.schedule = candidates * epochs, epochs
 
     def describe(self) -> str:
@@ -287,7 +299,7 @@ class RandomSearch(Strategy):
 
     def candidate(self, number: int, survivors: np.ndarray) -> Candidate:
         """Return a candidate by its number, from 1."""
-        return draw_candidate(self.seed, number, survivors, self.policy)
+        return draw_candidate(self.seed, number, survivors, self.policy, self.max_skips)
 
     def sample(self, stage: int, round_index: int, survivors: np.ndarray) -> np.ndarray:
         """Return the same candidate for each of its epochs."""

@@ -52,6 +52,20 @@ def test_what_is_trained_is_what_is_derived(policy, operations):
                 assert kept == 2 if policy == "top2" else kept >= 1
 
 
+def test_candidates_obey_the_limit_of_skips():
+    offered = all_survivors(("none", "skip_connect", "sep_conv_3x3"))
+    skip = OPERATIONS.index("skip_connect")
+    most = 0
+    for number in range(1, 20):
+        free = draw_candidate(2, number, offered, "all")
+        most = max(most, int((free.architecture == skip).sum(axis=-1).max()))
+        found = draw_candidate(2, number, offered, "all", max_skips=2)
+        assert (found.architecture == skip).sum(axis=-1).max() <= 2
+        genotype = derive(found.drawn, found.values, found.compared, "all").genotype
+        np.testing.assert_array_equal(found.architecture, genotype.architecture())
+    assert most > 2
+
+
 def test_draws_differ_by_seed_and_number_and_repeat():
     offered = all_survivors()
     first = draw_candidate(0, 1, offered, "all")

@@ -101,13 +101,6 @@ class BilevelNetworks(SearchDevices):
             UserError: sizes of the config that the data or the memory do not allow.
         """
         search = config.search
-        virtual = config.runtime.deterministic
-        if virtual:
-            # Alpha's update is rounded otherwise on another number of devices.
-            raise UserError(
-                f"config.runtime.deterministic is {virtual}; with config.search.strategy="
-                f"{search.strategy} it must be 0: only the search by sampled epochs has it"
-            )
         super().__init__(config, train, validation, started, Shards(jax.device_count()))
         if len(validation.labels) < search.batch_size:
             raise UserError(
@@ -118,7 +111,7 @@ class BilevelNetworks(SearchDevices):
         self._relaxation, self.models = strategy.relaxation, strategy.models
         self._edge_normalisation = strategy.edge_normalisation
         self.warmup = strategy.warmup
-        settings = BilevelSettings(
+        settings = self._bilevel = BilevelSettings(
             step=self._step,
             binary=tuple(model == CHILD for model in self.models),
             weights=strategy.weights,
@@ -221,7 +214,7 @@ class BilevelNetworks(SearchDevices):
         return self._states[STATE], examples["train"], examples["validation"], call
 
     def flops(self, epochs: int, scored: int) -> float:
-        """Return the operations of a device in a search, counted in the programs.
+        """Return the operations of a search on all devices, counted in the programs.
 
         An operation of a sampled path counts as often as any other.
 
@@ -231,11 +224,22 @@ class BilevelNetworks(SearchDevices):
         """
         assert scored == 0
         call = self._call(all_survivors(), 0, 0, 1)
-        step = program_cost(self._train, *self._arguments(call)).flops
+
+        def step(warmup: int) -> float:
+            settings = dataclasses.replace(self._bilevel, warmup=warmup)
+            program = pmap_kept(
+                make_bilevel_call(settings, self._relaxation, self._optimizer, self._alpha_rule)
+            )
+            return program_cost(program, *self._arguments(call)).flops
+
+        # With a warm-up alpha's step is a branch, which counts half.
+        whole = step(0)
+        of_alpha = 2 * (whole - step(1))
         score = program_cost(
             self._score, self._states[STATE], self._examples["validation"], call
         ).flops
-        return epochs * (self.steps_per_epoch * step + len(self.models) * score)
+        trained = self.steps_per_epoch * (epochs * whole - min(epochs, self.warmup) * of_alpha)
+        return jax.device_count() * (trained + epochs * len(self.models) * score)
 
     def _call(
         self,
@@ -274,7 +278,7 @@ class BilevelNetworks(SearchDevices):
             NotFinite: a loss, its gradient or the update is; nothing saved is lost.
         """
         first = sums.steps
-        count = self._steps_of_call(first)
+        count = self._steps_of_call(first, epoch)
         arguments = self._arguments(self._call(survivors, epoch, first, count))
         self._states[STATE], found = self._compiled("train", self._train, *arguments)(*arguments)
         host = to_host(found)

@@ -115,7 +115,9 @@ class BilevelRun(SearchRun):
         accuracies = networks.score(self._survivors)
         self.spend(time.monotonic() - before)
         alpha = networks.alpha()
-        sums, seconds = self._sums, self._seconds
+        # What was compiled on the way is no cost of the search.
+        seconds = self._seconds - (sum(networks.compile_seconds.values()) - compiled)
+        sums = self._sums
         self._epoch, self._seconds, self._sums = self._epoch + 1, 0.0, BilevelSums()
         moving = self._epoch > networks.warmup
         objective = sums.objective / sums.steps if moving else 0.0
@@ -130,7 +132,6 @@ class BilevelRun(SearchRun):
                 seconds=seconds,
             )
         )
-        seconds -= sum(networks.compile_seconds.values()) - compiled
         losses = ", ".join(f"{model} {loss:.2f}" for model, loss in sums.mean_losses().items())
         scores = ", ".join(f"{model} {value:.3f}" for model, value in accuracies.items())
         images = sums.steps * self.config.search.batch_size / seconds

@@ -289,12 +289,15 @@ def make_bilevel_call(
         ) -> tuple[BilevelState, dict[str, jax.Array], jax.Array]:
             own_key = sample_key(key, call.epoch, number)
             drawn = relaxation.draw(own_key, state.alpha.alpha, call.survivors)
-            # All devices take the same branch.
-            alpha, value, alpha_finite = lax.cond(
-                call.epoch >= settings.warmup,
-                lambda: alpha_step(state, number, drawn),
-                lambda: (state.alpha, jnp.zeros((), jnp.float32), jnp.array(True)),
-            )
+            if settings.warmup:
+                # All devices take the same branch.
+                alpha, value, alpha_finite = lax.cond(
+                    call.epoch >= settings.warmup,
+                    lambda: alpha_step(state, number, drawn),
+                    lambda: (state.alpha, jnp.zeros((), jnp.float32), jnp.array(True)),
+                )
+            else:
+                alpha, value, alpha_finite = alpha_step(state, number, drawn)
             params = state.models.params
             (gradients, losses), correct = weights_gradient(alpha.alpha, params, number, drawn)
             finite = alpha_finite & all_finite((losses, gradients))

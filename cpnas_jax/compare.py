@@ -25,10 +25,11 @@ from cpnas_jax.feeds import open_feed
 from cpnas_jax.modes import evaluate_network, evaluated, write_summary
 from cpnas_jax.runtime import environment, processes
 from cpnas_jax.runtime.console import Reporter
+from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.workdir import Workdir
 from cpnas_jax.search import search_in
 from cpnas_jax.train import train_network
-from cpnas_jax.trained import finished
+from cpnas_jax.trained import finished, refuse_other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,20 +96,41 @@ def compare(
     # A mistake that only the last run would find, after many hours.
     for own in (own for group in runs.values() for _, own in group):
         processes.first_alone(functools.partial(validate, own, environment.device_count()))
-    total, outcomes = sum(map(len, runs.values())), list[Outcome]()
+    asked = [(variant.name, seed) for seed, group in runs.items() for variant, _ in group]
     with Workdir(workdir) as directory:
+        outcomes = _known(directory, asked)
+        done = 0
         for seed, group in runs.items():
             with contextlib.ExitStack() as stack:
                 feed_of = _once_opened(stack)
                 for variant, own in group:
-                    reporter.say(
-                        f"\n{variant.name}, seed {seed} (run {len(outcomes) + 1} of {total})"
-                    )
+                    done += 1
+                    reporter.say(f"\n{variant.name}, seed {seed} (run {done} of {len(asked)})")
                     with Workdir(directory.path / variant.directory / f"seed{seed}") as place:
-                        outcomes.append(_run(own, place, reporter, variant.name, feed_of))
-                    _write(directory, config, outcomes, whole=len(outcomes) == total)
-        reporter.say(f"\n{table(outcomes)}\n")
+                        found = _run(own, place, reporter, variant.name, feed_of)
+                    outcomes[variant.name, seed] = found
+                    known = [outcomes[key] for key in asked if key in outcomes]
+                    _write(directory, config, known, whole=done == len(asked))
+        reporter.say(f"\n{table(known)}\n")
         reporter.say(f"Wrote compare.json, compare.md and compare.svg to {directory.path}.")
+
+
+def _known(directory: Workdir, asked: list[tuple[str, int]]) -> dict[tuple[str, int], Outcome]:
+    """Return what is asked for and was finished before, so that a longer table never shrinks.
+
+    Raises:
+        UserError: `compare.json` is damaged.
+    """
+    stored = directory.read_json("compare.json") or {}
+    try:
+        outcomes = [Outcome(**outcome) for outcome in stored.get("outcomes", [])]
+    except TypeError as error:
+        raise UserError(
+            f"{directory.path / 'compare.json'} is damaged or of another version ({error}); "
+            "delete it, the runs themselves are kept"
+        ) from error
+    found = {(outcome.variant, outcome.seed): outcome for outcome in outcomes}
+    return {key: outcome for key, outcome in found.items() if key in asked}
 
 
 def _once_opened(stack: contextlib.ExitStack) -> Callable[[config_dict.ConfigDict], Feed]:
@@ -127,6 +149,7 @@ def _run(
     config: config_dict.ConfigDict, directory: Workdir, reporter: Reporter, name: str, feed_of: Any
 ) -> Outcome:
     """Search, train and evaluate the child, as far as that is not done."""
+    refuse_other(config, directory)
     genotype = search_in(config, directory, reporter)
     done = finished(config, directory, reporter, genotype, binary=True)
     if not (done and evaluated(config, directory, binary=True)):
@@ -137,6 +160,11 @@ def _run(
     costs = write_summary(config, directory, genotype, binary=True).to_dict()
     results = directory.read_json("results.json") or {}
     evaluation = directory.read_json("train/evaluation.json") or {}
+    if "search" not in results:
+        raise UserError(
+            f"{directory.path / 'results.json'} says nothing of the search, whose cost is "
+            f"compared; restore it, or delete {directory.path} to search again"
+        )
     return Outcome(
         variant=name,
         seed=config.seed,

@@ -13,6 +13,9 @@ from scipy import stats
 SIGNIFICANCE = 0.05
 """Largest adjusted p of a paired test that counts as a difference."""
 
+_ROUNDING = 1e-9
+"""Spread of accuracies that is none."""
+
 KINDS = ("convolution", "pooling", "skip", "none")
 """What operations are counted by, see `figures.kind`."""
 
@@ -55,9 +58,10 @@ class Difference:
         first: name.
         second: name.
         mean: mean difference of the accuracies, first minus second.
-        low: of the 95 % confidence interval of the mean, by Student's t; NaN for one seed.
+        low: of the 95 % confidence interval of the mean, by Student's t; NaN for one seed, or
+            where all seeds differ by the same.
         high: likewise.
-        p: of the paired t test, adjusted over all pairs (Holm 1979); NaN for one seed.
+        p: of the paired t test, adjusted over all pairs (Holm 1979); NaN likewise.
         seeds: how many.
     """
 
@@ -73,7 +77,9 @@ class Difference:
         """Say what the test allows to say."""
         if self.seeds < 2:
             return "one seed: nothing can be said"
-        if not self.p <= SIGNIFICANCE:
+        if math.isnan(self.p):
+            return "equal differences: nothing can be said"
+        if self.p > SIGNIFICANCE:
             return "no difference is shown"
         return f"{self.first if self.mean > 0 else self.second} is better"
 
@@ -123,10 +129,10 @@ def _difference(first: str, second: str, paired: np.ndarray) -> Difference:
     if count < 2:
         return Difference(first, second, mean, math.nan, math.nan, math.nan, count)
     error = float(paired.std(ddof=1)) / math.sqrt(count)
-    if not error:
-        # All seeds differ by the same: none by nothing, or a chance that no test can judge.
-        p = 1.0 if not mean else 0.0
-        return Difference(first, second, mean, mean, mean, p, count)
+    if error < _ROUNDING:
+        # All seeds differ by the same, as counts of right answers do by chance: no spread is known
+        # that the mean could be held against.
+        return Difference(first, second, mean, math.nan, math.nan, math.nan, count)
     half = float(stats.t.ppf(0.975, count - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, count - 1))
     return Difference(first, second, mean, mean - half, mean + half, p, count)
@@ -134,7 +140,7 @@ def _difference(first: str, second: str, paired: np.ndarray) -> Difference:
 
 def _adjusted(found: list[Difference]) -> list[Difference]:
     """Adjust p by Holm's step-down method: so many comparisons find something by chance."""
-    tested = sorted((d for d in found if d.seeds > 1), key=lambda d: d.p)
+    tested = sorted((d for d in found if not math.isnan(d.p)), key=lambda d: d.p)
     adjusted, least = {}, 0.0
     for rank, difference in enumerate(tested):
         least = max(least, min(1.0, (len(tested) - rank) * difference.p))
@@ -196,7 +202,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
             "|---|---|---|---|---|",
         ]
     for pair in found["differences"]:
-        several = pair["seeds"] > 1
+        several = pair["p"] is not None
         interval = f"{pair['low']:+.4f} to {pair['high']:+.4f}" if several else "-"
         p = f"{pair['p']:.3f}" if several else "-"
         lines.append(

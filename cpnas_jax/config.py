@@ -265,6 +265,26 @@ _OTHERS = {
     ),
     "train": ("search.", "compare."),
 }
+# What some strategies alone read.
+_GRADIENT = ("epochs", "alpha_learning_rate", "alpha_weight_decay")
+_PARTS: dict[str, tuple[str, ...]] = {
+    "cp": ("beta_p", "rounds"),
+    "child": ("rounds",),
+    "random_search": ("candidates", "rounds"),
+    "random": (),
+    "cp_plus": (
+        *("rounds", "plus_beta_p", "measure", "max_scored", "plus_score_examples"),
+        *("reliability", "certainty", "carry"),
+    ),
+    "darts": (*_GRADIENT, "gradient_model", "second_order"),
+    "pc_darts": (
+        *(*_GRADIENT, "alpha_warmup", "gradient_model", "second_order"),
+        *("partial_channels", "edge_normalisation"),
+    ),
+    "cp_gradient": (
+        *(*_GRADIENT, "alpha_warmup", "child_weight", "parent_weight", "gate_temperature"),
+    ),
+}
 # Keys that do not decide a result, bit by bit: another value continues the same run.
 _INDIFFERENT = (
     "mode",
@@ -280,6 +300,7 @@ _INDIFFERENT = (
     "runtime.keep_checkpoints",
     "runtime.checkpoint_every",
     "runtime.stall_seconds",
+    "search.collapse_share",
     "evaluate.checkpoint",
     "evaluate.batch_size",
     "runtime.compilation_cache",
@@ -304,10 +325,12 @@ def flatten(config: config_dict.ConfigDict) -> dict[str, Any]:
 
 def deciding_keys(config: config_dict.ConfigDict, phase: str = "search") -> dict[str, Any]:
     """Return the flat keys that decide the result of a phase, `search` or `train`."""
+    own = _PARTS.get(config.search.strategy, ())
+    unread = {f"search.{name}" for names in _PARTS.values() for name in names if name not in own}
     return {
         key: value
         for key, value in flatten(config).items()
-        if key not in _INDIFFERENT and not key.startswith(_OTHERS[phase])
+        if key not in _INDIFFERENT and key not in unread and not key.startswith(_OTHERS[phase])
     }
 
 
@@ -364,7 +387,24 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
             f"config.search.reductions is {tuple(search.reductions)!r}; with "
             f"config.search.cells={search.cells} positions are 0 to {search.cells - 1}"
         )
-    check_gradient_strategy(search)
+    check_gradient_strategy(search, config.runtime.deterministic)
+    if config.compare.beta_p and "cp" not in config.compare.strategies:
+        raise UserError(
+            f"config.compare.beta_p is {config.compare.beta_p}; without cp among "
+            f"config.compare.strategies={config.compare.strategies} it must be ()"
+        )
+    least = 2 * sum(range(2, len(search.operations) + 1))
+    if search.strategy == "cp_plus" and search.max_scored < least:
+        raise UserError(
+            f"config.search.max_scored is {search.max_scored}; it must be at least {least}, two "
+            f"rounds of each stage of {len(search.operations)} operations"
+        )
+    scored = search.score_examples or search.plus_score_examples
+    if search.strategy == "cp_plus" and search.score_batch_size > scored:
+        raise UserError(
+            f"config.search.score_batch_size is {search.score_batch_size}; cp_plus scores "
+            f"{scored} images (config.search.plus_score_examples)"
+        )
     for name in ("warmup_epochs", "real_weights_epochs"):
         if config.train[name] >= config.train.epochs:
             raise UserError(

@@ -222,8 +222,12 @@ def check_fits_images(key: str, value: int, image_shape: tuple[int, ...]) -> Non
         raise UserError(f"{key} is {value}; it must be at most {side}, the images' pixels a side")
 
 
-def check_gradient_strategy(search: config_dict.ConfigDict) -> None:
+def check_gradient_strategy(search: config_dict.ConfigDict, shards: int) -> None:
     """Check the keys of a gradient strategy against each other; of others nothing.
+
+    Args:
+        search: section of a config.
+        shards: `runtime.deterministic`.
 
     Raises:
         UserError: the first bad key, its value and what would be right.
@@ -231,6 +235,12 @@ def check_gradient_strategy(search: config_dict.ConfigDict) -> None:
     strategy = search.strategy
     if strategy not in GRADIENT_STRATEGIES:
         return
+    if shards:
+        # Alpha's update was found to be rounded otherwise on another number of devices.
+        raise UserError(
+            f"config.runtime.deterministic is {shards}; with config.search.strategy={strategy} it "
+            "must be 0: only the searches of sampled paths have it"
+        )
     if search.parallel != "data":
         raise UserError(
             f"config.search.parallel is {search.parallel!r}; with config.search.strategy="

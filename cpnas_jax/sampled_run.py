@@ -4,6 +4,7 @@ import dataclasses
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import config_dict
 
@@ -154,10 +155,11 @@ class SampledRun(SearchRun):
         for model in self.strategy.models[len(progress.underway.accuracies) :]:
             self._train_and_score(model, architectures)
         underway, progress.underway = progress.underway, Underway()
-        compiled = sum(self.networks.compile_seconds.values()) - compiled
+        # What was compiled on the way is no cost of the search.
+        underway.seconds -= sum(self.networks.compile_seconds.values()) - compiled
         for number, architecture in enumerate(architectures):
             line = self._credit(architecture, underway, number, len(architectures))
-            self._tell_epoch(line, underway, len(architectures), compiled, is_first and number == 0)
+            self._tell_epoch(line, underway, len(architectures), is_first and number == 0)
             self._advance(len(permutations))
         self.save()
 
@@ -206,12 +208,11 @@ class SampledRun(SearchRun):
         line: dict[str, Any],
         underway: Underway,
         together: int,
-        compiling: float,
         is_first: bool,
     ) -> None:
-        """Say what a sampled epoch gave, and how long it takes apart from compiling."""
+        """Say what a sampled epoch gave, and how long it takes."""
         models = self.strategy.models
-        seconds = (underway.seconds - compiling) / together
+        seconds = underway.seconds / together
         images = len(models) * self.networks.steps_per_epoch * self.config.search.batch_size
         losses = " / ".join(f"{underway.sums[model].mean_loss:.2f}" for model in models)
         parent = "" if PARENT not in models else f" A_P {line['parent_accuracy']:.3f}"
@@ -245,16 +246,23 @@ class SampledRun(SearchRun):
 
     def _has_scored_enough(self) -> bool:
         progress = self.progress
-        return self.strategy.is_enough(
-            progress.position.stage, progress.survivors, self.history.lines
+        # Linear algebra may be rounded otherwise on another host.
+        return processes.from_first(
+            lambda: self.strategy.is_enough(
+                progress.position.stage, progress.survivors, self.history.lines
+            )
         )
 
     def _end_stage(self) -> None:
         progress, position, lines = self.progress, self.progress.position, self.history.lines
-        progress.alpha, progress.alpha_state = self.strategy.end_alpha(
-            progress.alpha, progress.alpha_state, lines
+        progress.alpha, progress.alpha_state = processes.from_first(
+            lambda: jax.device_get(
+                self.strategy.end_alpha(progress.alpha, progress.alpha_state, lines)
+            )
         )
-        decision = self.strategy.decide(position.stage, progress.alpha, progress.survivors, lines)
+        decision = processes.from_first(
+            lambda: self.strategy.decide(position.stage, progress.alpha, progress.survivors, lines)
+        )
         processes.require_agreement(
             f"the end of stage {position.stage}",
             alpha=progress.alpha,
@@ -276,7 +284,7 @@ class SampledRun(SearchRun):
         """
         position = self.progress.position
         stall.at(f"search {self.where()}")
-        before = time.monotonic()
+        before = time.monotonic() - sum(self.networks.compile_seconds.values())
         architectures = self.strategy.to_score(
             position.stage, position.scored + 1, self.progress.survivors
         )
@@ -291,7 +299,7 @@ class SampledRun(SearchRun):
             stage=position.stage,
             round_index=position.scored,
             measures=measures,
-            seconds=time.monotonic() - before,
+            seconds=time.monotonic() - sum(self.networks.compile_seconds.values()) - before,
         )
         processes.require_agreement(
             f"scored round {position.scored} of stage {position.stage}", measures=measures

@@ -103,12 +103,14 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         if config.mode == "compare":
             reporter.log("counting the operations of the programs")
             flops = run.networks.flops(run.epoch, run.num_scored())
+    checked = replayed(config, run.history.lines, str(run.history.path))
+    assert (checked.survivors == run.survivors).all()
     return finish(
         config,
         directory,
         reporter,
         run.history,
-        replayed(config, run.history.lines, str(run.history.path)),
+        checked,
         dataset=train.name,
         skipped=len(undecodable),
         flops=flops,

@@ -193,11 +193,13 @@ class SearchDevices:
             "training program": self._programs["train"].temporary_bytes(),
         }
 
-    def _steps_of_call(self, first: int) -> int:
-        """Return how many steps the call that begins at a step of an epoch has."""
-        if self.first_step_seconds is None:
+    def _steps_of_call(self, first: int, epoch: int) -> int:
+        """Return how many steps the call that begins at a step of an epoch has.
+
+        Calls end at the same steps wherever a run was interrupted: sums over a call are rounded.
+        """
+        if not first and not epoch:
             return 1  # one step alone, to say when training began
-        # Calls end at the same steps wherever a run was interrupted.
         count = self._steps_per_call - first % self._steps_per_call
         return min(count, self.steps_per_epoch - first)
 

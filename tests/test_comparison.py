@@ -79,8 +79,14 @@ def test_what_is_claimed():
     (single,) = differences([outcome("a", 0, 0.1), outcome("b", 0, 0.9)])
     assert single.claim() == "one seed: nothing can be said"
     assert math.isnan(single.p)
-    same = [outcome(name, seed, 0.5) for name in "ab" for seed in range(3)]
-    assert differences(same)[0].claim() == "no difference is shown"
+    for gap in (0.0, 0.001):
+        same = [
+            outcome(name, seed, 0.5 + seed / 7 + shift)
+            for name, shift in (("a", 0.0), ("b", gap))
+            for seed in range(3)
+        ]
+        assert differences(same)[0].claim() == "equal differences: nothing can be said"
+        assert "| - | - | equal differences" in table(same)
 
 
 def test_many_equal_strategies_are_rarely_told_apart():

@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import pytest
+from reads import OF_GRADIENT, OF_SAMPLED
 
 from cpnas_jax import config as configs
 from cpnas_jax import config_rules
@@ -178,7 +179,10 @@ def test_a_batch_that_devices_do_not_divide(mode, words):
 
 
 INDIFFERENT = {
-    *("compare.strategies", "compare.seeds", "compare.beta_p"),
+    *("compare.strategies", "compare.seeds", "compare.beta_p", "search.collapse_share"),
+    # Other strategies' than the one that is chosen.
+    *OF_GRADIENT,
+    *OF_SAMPLED,
     "mode",
     "genotype",
     "network.precision",
@@ -225,6 +229,23 @@ def test_exactly_what_decides_a_result_changes_the_hash(key, phase):
     assert same == (key in INDIFFERENT | other)
 
 
+@pytest.mark.parametrize("strategy", config_rules.STRATEGIES)
+def test_only_keys_that_a_strategy_reads_decide_its_search(strategy):
+    """So that a comparison can be asked for more of another strategy later."""
+    config = configs.base_config()
+    config.search.strategy = strategy
+    deciding = set(configs.deciding_keys(config))
+    if strategy == "random":
+        assert not deciding & (OF_GRADIENT | OF_SAMPLED | {"search.beta_p", "search.rounds"})
+    for family, keys in (
+        (config_rules.GRADIENT_STRATEGIES, OF_GRADIENT),
+        (("cp_plus", "random_search"), OF_SAMPLED),
+    ):
+        assert bool(deciding & keys) == (strategy in family)
+    assert ("search.beta_p" in deciding) == (strategy == "cp")
+    assert {"search.strategy", "search.edge_policy", "seed"} <= deciding
+
+
 @pytest.mark.parametrize("mode", ["search", "pipeline"])
 def test_a_genotype_is_not_searched(mode):
     config = configs.base_config()
@@ -247,6 +268,22 @@ def test_a_genotype_is_not_searched(mode):
         (
             {"search.strategy": "cp_gradient", "search.epochs": 20},
             r"config.search.epochs is 20; after 15 epochs of .* at least 7 must follow",
+        ),
+        (
+            {"search.strategy": "darts", "runtime.deterministic": 8},
+            r"config.runtime.deterministic is 8; with config.search.strategy=darts it must be 0",
+        ),
+        (
+            {"search.strategy": "cp_plus", "search.plus_score_examples": 100},
+            r"config.search.score_batch_size is 256; cp_plus scores 100 images",
+        ),
+        (
+            {"search.strategy": "cp_plus", "search.max_scored": 69},
+            r"config.search.max_scored is 69; it must be at least 70",
+        ),
+        (
+            {"compare.strategies": ("child",), "compare.beta_p": (1.0,)},
+            r"config.compare.beta_p is \(1.0,\); without cp among",
         ),
         ({"compare.strategies": ("cp", "cp")}, r"config.compare.strategies is .* different names"),
         ({"compare.strategies": ()}, r"config.compare.strategies is \(\); it must be"),

@@ -237,6 +237,9 @@ class TestReplayOfCpPlus:
             ("scores", {"child_accuracy": [0.5]}, "child_accuracy has 1 numbers"),
             ("scores", {"child_accuracy": [2.0] * 5}, r"it must be a number in \[0, 1\]"),
             ("scores", {"parent_log_likelihood": 3}, "it must be a list of numbers"),
+            ("scores", {"parent_accuracy": ...}, "there is no key 'parent_accuracy'"),
+            ("pruning", {"dropped": 5}, "it must be two lists of 14 lists"),
+            ("pruning", {"dropped": [[[["none"]]] * 14] * 2}, "it must be a list of operations"),
             ("pruning", {"scored": 7}, "scored is 7; so far it is"),
             ("pruning", {"reliability": 0.1}, "reliability is 0.1; of these scores it must be"),
             ("pruning", {"dropped": []}, "it must be two lists of 14 lists"),
@@ -244,7 +247,7 @@ class TestReplayOfCpPlus:
     )
     def test_what_is_wrong_is_told(self, strategy, lines, kind, change, words):
         number = next(n for n, line in enumerate(lines) if line["event"] == kind)
-        lines[number].update(change)
+        lines[number] = {k: v for k, v in (lines[number] | change).items() if v is not ...}
         with pytest.raises(UserError, match=f"line {number + 1}: .*{words}"):
             replay(lines, strategy)
 

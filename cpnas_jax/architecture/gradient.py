@@ -17,7 +17,7 @@ from cpnas_jax.architecture.parsing import parse_line
 from cpnas_jax.architecture.replay import TOLERANCE, ReplayResult
 from cpnas_jax.architecture.sampling import LAST_STAGE, all_survivors, num_surviving
 from cpnas_jax.architecture.strategy import Decision
-from cpnas_jax.models.space import CELL_TYPES, EDGES, NUM_EDGES, OPERATIONS
+from cpnas_jax.models.space import CELL_TYPES, CHILD, EDGES, NUM_EDGES, OPERATIONS, PARENT
 from cpnas_jax.runtime.errors import UserError
 
 _NONE = OPERATIONS.index("none")
@@ -32,12 +32,16 @@ class GradientRule:
         epochs: of the whole search.
         warmup: epochs at the start in which alpha does not move.
         drops: whether operations are dropped.
+        models: that are trained.
+        edges: whether edges have parameters too (PC-DARTS).
     """
 
     operations: tuple[str, ...]
     epochs: int
     warmup: int
     drops: bool
+    models: tuple[str, ...] = (CHILD,)
+    edges: bool = False
 
     def stage_ends(self) -> list[int]:
         """Return after how many epochs each stage ends; the last one with the search."""
@@ -136,6 +140,24 @@ class _Replay:
                 else "no line, as the search is finished"
             )
             raise ValueError(f"it is the line of epoch {event.epoch}; expected {expected}")
+        for model, accuracy in ((CHILD, event.child_accuracy), (PARENT, event.parent_accuracy)):
+            if (accuracy is not None) != (model in self.rule.models):
+                raise ValueError(
+                    f"{model}_accuracy is {accuracy}; this strategy trains "
+                    f"{' and '.join(self.rule.models)}"
+                )
+        names = set(CELL_TYPES) | {f"{cell}_edges" for cell in CELL_TYPES if self.rule.edges}
+        if set(event.alpha) != names:
+            raise ValueError(
+                f"alpha has {', '.join(sorted(event.alpha))}; it must have "
+                f"{', '.join(sorted(names))}"
+            )
+        if 1 < event.epoch <= self.rule.warmup and any(
+            (event.alpha[name] != self.alpha[name]).any() for name in names
+        ):
+            raise ValueError(
+                f"alpha moves in epoch {event.epoch}; its warm-up has {self.rule.warmup} epochs"
+            )
         self.epochs, self.alpha = event.epoch, dict(event.alpha)
         self.decided = not self.rule.ends_stage(self.epochs)
 

@@ -31,7 +31,7 @@ from cpnas_jax.runtime.errors import UserError, shown
 
 
 def parse_line(line: Mapping[str, Any]) -> Event:
-    """Read a line that a function of this module built. Further keys are not looked at.
+    """Read a line that a function of `events` built. Further keys are not looked at.
 
     Raises:
         ValueError: in one line, with the key, the value and what would be right.
@@ -153,10 +153,10 @@ def _architecture(line: Mapping[str, Any], key: str) -> np.ndarray:
 def _measures(line: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     found = {}
     for model in MODELS:
-        for name, low, high in (("accuracy", 0, 1), ("log_likelihood", -math.inf, 0)):
-            key = f"{model}_{name}"
-            if key not in line and model == PARENT:
-                continue
+        ranges = {f"{model}_accuracy": (0, 1), f"{model}_log_likelihood": (-math.inf, 0)}
+        if model == PARENT and not set(ranges) & set(line):
+            continue
+        for key, (low, high) in ranges.items():
             value = _require(line, key)
             if not isinstance(value, list):
                 raise ValueError(f"{key} is {shown(value)}; it must be a list of numbers")
@@ -186,11 +186,12 @@ def _alpha(line: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _dropped(line: Mapping[str, Any]) -> np.ndarray:
     value = _require(line, "dropped")
-    shape = [len(cell) if isinstance(cell, list) else -1 for cell in value or ()]
+    cells = value if isinstance(value, list) else []
+    shape = [len(cell) if isinstance(cell, list) else -1 for cell in cells]
     if shape != [NUM_EDGES] * len(CELL_TYPES):
         raise ValueError(f"dropped is {shown(value)}; it must be two lists of 14 lists")
     for edge in (edge for cell in value for edge in cell):
-        if not isinstance(edge, list) or not set(edge) <= set(OPERATIONS):
+        if not isinstance(edge, list) or not all(name in OPERATIONS for name in edge):
             raise ValueError(
                 f"dropped of an edge is {shown(edge)}; it must be a list of operations"
             )

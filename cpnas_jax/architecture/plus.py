@@ -79,7 +79,8 @@ class PlusSettings:
         beta_p: of z = beta_P * (P - C) + C, with the measures P and C of parent and child.
         measure: one of `MEASURES`.
         max_scored: architectures that are scored at most, in the whole search; what is left is
-            shared equally by the stages to come.
+            shared equally by the stages to come. Each has two rounds in any case, so that it is at
+            least twice the operations of all stages, 70 with K = 8.
         reliability: a stage is scored until its credit has this reliability.
         certainty: of dropping more than the worst, see `credit.drops`.
         carry: weight of a score one stage later, against 1.
@@ -98,8 +99,10 @@ class ChildParentPlus(Strategy):
 
     With T = `rounds` the supernet is trained for 2 T rounds with all K operations, 2 T more when
     half of them are left, and so on: 28 T sampled epochs with K = 8, 80 % of the 35 T of `cp`; the
-    others pay for scoring. Between these, operations are dropped one stage after the other on new
-    scores. Alpha is the credit: its gradient is that of 1/2 * (alpha - effect)^2, at rate 1.
+    others pay for scoring. A number that is passed over, where several are dropped at once, is not
+    trained: the search is shorter, and ends at a higher rate. Between these, operations are dropped
+    one stage after the other on new scores. Alpha is the credit: its gradient is that of
+    1/2 * (alpha - effect)^2, at rate 1.
     """
 
     def __init__(
@@ -240,6 +243,13 @@ class ChildParentPlus(Strategy):
         gradient = {cell: alpha[cell] - own for cell, own in zip(CELL_TYPES, effects, strict=True)}
         return apply_gradient(alpha_optimizer(), alpha, state, gradient, jnp.int32(1))
 
+    def dropped(
+        self, effects: np.ndarray, survivors: np.ndarray, lines: Sequence[Mapping[str, Any]]
+    ) -> np.ndarray:
+        """Return what effects f64[2, 14, 8] lead to, bool[2, 14, 8]; arguments as of `decide`."""
+        credit = dataclasses.replace(self.credit_of(lines), effects=effects)
+        return drops(credit, survivors, self.settings.certainty)
+
     def decide(
         self,
         stage: int,
@@ -249,8 +259,7 @@ class ChildParentPlus(Strategy):
     ) -> Decision:
         """Drop the worst of the edges with most operations, and what is certainly not the best."""
         effects = np.stack([np.asarray(alpha[cell], np.float64) for cell in CELL_TYPES])
-        credit = dataclasses.replace(self.credit_of(lines), effects=effects)
-        dropped = drops(credit, survivors, self.settings.certainty)
+        dropped = self.dropped(effects, survivors, lines)
         line = pruning_line(
             stage=stage,
             scored=sum(len(own["child_accuracy"]) for own in _scores(lines)),

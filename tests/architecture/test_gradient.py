@@ -74,7 +74,7 @@ def test_edges_are_ranked_by_their_normalised_weights_too():
 def log(rule, edges=False):
     survivors, lines = all_survivors(rule.operations), []
     for epoch in range(1, rule.epochs + 1):
-        alpha = alphas(epoch, edges)
+        alpha = alphas(max(epoch, rule.warmup), edges)
         lines.append(
             epoch_line(
                 epoch=epoch,
@@ -94,7 +94,7 @@ def log(rule, edges=False):
 
 @pytest.mark.parametrize("drops", [True, False])
 def test_a_genuine_log_is_accepted_as_far_as_it_goes(drops):
-    rule = GradientRule(OPERATIONS, 9, 2, drops)
+    rule = GradientRule(OPERATIONS, 9, 2, drops, edges=not drops)
     lines, survivors = log(rule, edges=not drops)
     whole = replay_gradient(lines, rule)
     assert whole.finished
@@ -116,6 +116,10 @@ def put(number, key, value):
         lines[number][key] = value
 
     return apply
+
+
+def tables(seed, edges=False):
+    return {name: leaf.tolist() for name, leaf in alphas(seed, edges).items()}
 
 
 def other_drop(lines):
@@ -140,6 +144,10 @@ def other_indicator(lines):
         (put(2, "alpha", {"normal": [[1]], "reduce": [[1]]}), "line 3: alpha of 'normal' is not"),
         (lambda lines: lines.append(lines[-2]), "line 17: .* expected no line"),
         (put(0, "event", "choice"), "line 1: there is no key 'stage'"),
+        (put(1, "alpha", tables(9)), "line 2: alpha moves in epoch 2; its warm-up has 2 epochs"),
+        (put(0, "child_accuracy", None), "line 1: child_accuracy is None; this strategy trains"),
+        (put(0, "parent_accuracy", 0.5), "line 1: parent_accuracy is 0.5; this strategy trains"),
+        (put(4, "alpha", tables(5, True)), "line 5: alpha has .*; it must have normal, reduce"),
     ],
 )
 def test_tampering_is_told_with_its_line(tamper, words):

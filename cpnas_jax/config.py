@@ -102,7 +102,7 @@ def base_config() -> config_dict.ConfigDict:
     search.gate_temperature = 1.0  # of cp_gradient's gates; GDAS goes from 10 to 0.1 [ours]
     # The log warns when skip, pooling and none are a larger share of what survives [ours].
     search.collapse_share = 0.75
-    search.max_skips = -1  # skip connections of a derived cell at most [kin: P-DARTS]; -1: any
+    search.max_skips = -1  # skip connections of a derived cell at most as P-DARTS [kin]; -1: any
     search.edge_policy = "all"  # all 14 edges as Algorithm 9 prints it [paper], or top2 [kin]
 
     config.network = network = config_dict.ConfigDict()

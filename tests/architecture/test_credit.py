@@ -211,6 +211,8 @@ def test_means_are_means():
         assert len(own) == 3
         assert found[cell, edge, operation] == pytest.approx(own.mean() - scores.mean())
     assert np.isnan(mean_scores(architectures[:4], scores[:4])).any()
+    alone = mean_scores(architectures[:2], np.array([0.2, 0.4]))
+    assert alone[0, 3, architectures[1, 0, 3]] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("rounds", "expected"), [(3, 3 / 30), (20, 20 / 47)])

@@ -317,11 +317,13 @@ def reliability(
     together = np.arange(len(scores)) if rounds is None else np.asarray(rounds)
     blocks, block_of = np.unique(np.stack([groups, together]), axis=1, return_inverse=True)
     # The raw stream, which numpy promises to keep.
-    keys = np.random.PCG64(seed).random_raw((splits, blocks.shape[1]))
+    keys = np.random.PCG64(seed).random_raw((splits, 2 * blocks.shape[1]))
     found = []
     for own in keys:
         in_second = np.zeros(blocks.shape[1], bool)
-        in_second[np.lexsort((own, blocks[0]))[1::2]] = True
+        # Group after group, in a random order: those of a single round are halved at random too.
+        of_rounds, of_groups = np.split(own, 2)
+        in_second[np.lexsort((of_rounds, of_groups[blocks[0]]))[1::2]] = True
         first, second = (
             estimate(architectures[half], scores[half], weights=weights[half], groups=groups[half])
             for half in (~in_second[block_of.ravel()], in_second[block_of.ravel()])

@@ -276,6 +276,16 @@ def test_reliability_compares_what_survives_and_is_a_function_of_its_seed():
     assert one == again != other
 
 
+def test_groups_of_one_round_are_halved_at_random():
+    """A supernet that is scored with one round at every age, its level another each time."""
+    architectures, groups = rounds_of(40), np.repeat(np.arange(40), 8)
+    scores = scored(architectures, planted(8), noise=2.0) + 0.05 * (groups % 2)
+    settings = {"groups": groups, "rounds": groups, "splits": 1}
+    found = [reliability(architectures, scores, ALL, seed=s, **settings) for s in range(4)]
+    assert len(set(found)) == 4
+    assert min(found) > 0.5
+
+
 def test_spearman_brown():
     assert spearman_brown(0.5, 2) == pytest.approx(2 / 3)
     # Of T rounds, from that of one.

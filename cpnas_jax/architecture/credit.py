@@ -123,7 +123,10 @@ def ridge(
             not positive, or fewer than two scores more than groups.
     """
     architectures, scores, weights, groups = _checked(architectures, scores, weights, groups)
-    freedom = len(scores) - int(groups.max()) - 1
+    count = int(groups.max()) + 1
+    freedom = len(scores) - count
+    if freedom < 2:
+        raise ValueError(f"{len(scores)} scores in {count} groups; there must be two more")
     hot = _one_hot(architectures)
     kinds, edges = hot.sum(axis=2).reshape(len(hot), -1), hot.reshape(len(hot), -1)
     roots = np.sqrt(weights)
@@ -227,7 +230,7 @@ def mean_scores(
         f64[2, 14, 8], NaN for an operation that no architecture has on that edge.
 
     Raises:
-        ValueError: as `ridge`.
+        ValueError: shapes or values as of `ridge`.
     """
     architectures, scores, weights, groups = _checked(architectures, scores, weights, groups)
     hot = _one_hot(architectures)
@@ -314,11 +317,13 @@ def reliability(
     together = np.arange(len(scores)) if rounds is None else np.asarray(rounds)
     blocks, block_of = np.unique(np.stack([groups, together]), axis=1, return_inverse=True)
     # The raw stream, which numpy promises to keep.
-    keys = np.random.PCG64(seed).random_raw((splits, blocks.shape[1]))
+    keys = np.random.PCG64(seed).random_raw((splits, 2 * blocks.shape[1]))
     found = []
     for own in keys:
         in_second = np.zeros(blocks.shape[1], bool)
-        in_second[np.lexsort((own, blocks[0]))[1::2]] = True
+        # Group after group, in a random order: those of a single round are halved at random too.
+        of_rounds, of_groups = np.split(own, 2)
+        in_second[np.lexsort((of_rounds, of_groups[blocks[0]]))[1::2]] = True
         first, second = (
             estimate(architectures[half], scores[half], weights=weights[half], groups=groups[half])
             for half in (~in_second[block_of.ravel()], in_second[block_of.ravel()])
@@ -422,10 +427,7 @@ def _checked(
         )
     if not (np.isfinite(scores).all() and np.isfinite(weights).all() and (weights > 0).all()):
         raise ValueError("scores must be finite, weights finite and positive")
-    names, groups = np.unique(groups, return_inverse=True)
-    if count < len(names) + 2:
-        raise ValueError(f"{count} scores in {len(names)} groups; there must be two more")
-    return architectures, scores, weights, groups
+    return architectures, scores, weights, np.unique(groups, return_inverse=True)[1]
 
 
 def _one_hot(architectures: np.ndarray) -> np.ndarray:

@@ -211,6 +211,8 @@ def test_means_are_means():
         assert len(own) == 3
         assert found[cell, edge, operation] == pytest.approx(own.mean() - scores.mean())
     assert np.isnan(mean_scores(architectures[:4], scores[:4])).any()
+    alone = mean_scores(architectures[:2], np.array([0.2, 0.4]))
+    assert alone[0, 3, architectures[1, 0, 3]] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("rounds", "expected"), [(3, 3 / 30), (20, 20 / 47)])
@@ -272,6 +274,16 @@ def test_reliability_compares_what_survives_and_is_a_function_of_its_seed():
     assert reliability(architectures, scores, without) < 0.5
     one, again, other = (reliability(architectures, scores, without, seed=s) for s in (1, 1, 2))
     assert one == again != other
+
+
+def test_groups_of_one_round_are_halved_at_random():
+    """A supernet that is scored with one round at every age, its level another each time."""
+    architectures, groups = rounds_of(40), np.repeat(np.arange(40), 8)
+    scores = scored(architectures, planted(8), noise=2.0) + 0.05 * (groups % 2)
+    settings = {"groups": groups, "rounds": groups, "splits": 1}
+    found = [reliability(architectures, scores, ALL, seed=s, **settings) for s in range(4)]
+    assert len(set(found)) == 4
+    assert min(found) > 0.5
 
 
 def test_spearman_brown():

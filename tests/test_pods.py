@@ -23,9 +23,9 @@ SHARED = (
 MODES = {
     "search": (
         *("--config.search.cells=1", "--config.search.reductions=()"),
-        *("--config.search.operations=('none', 'dil_conv_3x3')", "--config.search.rounds=8"),
+        *("--config.search.operations=('none', 'dil_conv_3x3')", "--config.search.rounds=4"),
     ),
-    "train": (*SMALL[:-1], "--config.train.epochs=16"),
+    "train": (*SMALL[:-1], "--config.train.epochs=8"),
 }
 
 

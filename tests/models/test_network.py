@@ -29,10 +29,11 @@ PLAIN = (
     *((0, 5, "dil_conv_3x3"), (4, 5, "skip_connect")),
 )
 SMALL = NetworkSettings(PLAIN, PLAIN, 3, 4, 5)
-# With fewer edges, where it has to be deep: the least with cells that are scanned.
+# With fewer edges, where it has to be deep: the least with cells that are scanned. Convolutions
+# are before the edges.
 CHAIN = (
     *((0, 2, "max_pool_3x3"), (1, 3, "skip_connect")),
-    *((2, 4, "dil_conv_3x3"), (4, 5, "avg_pool_3x3")),
+    *((2, 4, "skip_connect"), (4, 5, "avg_pool_3x3")),
 )
 DEEP = NetworkSettings(CHAIN, CHAIN, 10, 4, 5)
 

@@ -77,6 +77,7 @@ def of_means(architectures: np.ndarray, values: np.ndarray, rounds: int) -> list
 
 def by_halves(rows: Rows, values: np.ndarray, number: int) -> list[float]:
     """Return the reliability of ridge with `number` architectures, of disjoint sets of them."""
+    sets = len(values) // number
     return [
         reliability(
             rows["architectures"][own],
@@ -84,8 +85,10 @@ def by_halves(rows: Rows, values: np.ndarray, number: int) -> list[float]:
             ALL,
             groups=rows["groups"][own],
             rounds=np.arange(number) // FIRST_STAGE,
+            # Several sets are averaged over themselves.
+            splits=-(-8 // sets),
         )
-        for own in np.split(np.arange(len(values) // number * number), len(values) // number)
+        for own in np.split(np.arange(sets * number), sets)
     ]
 
 

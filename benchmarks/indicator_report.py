@@ -14,15 +14,14 @@ import numpy as np
 from scipy import stats
 
 from cpnas_jax.architecture.credit import (
-    Tau,
     agreement,
-    kendall_tau,
     mean_scores,
     reliability,
     ridge,
     ridge_effects,
 )
 from cpnas_jax.architecture.indicator import child_parent_score
+from cpnas_jax.architecture.kendall import Tau, kendall_tau
 from cpnas_jax.architecture.sampling import FIRST_STAGE, all_survivors
 from cpnas_jax.models.space import OPERATIONS
 

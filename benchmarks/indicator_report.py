@@ -14,15 +14,14 @@ import numpy as np
 from scipy import stats
 
 from cpnas_jax.architecture.credit import (
-    Tau,
     agreement,
-    kendall_tau,
     mean_scores,
     reliability,
     ridge,
     ridge_effects,
 )
 from cpnas_jax.architecture.indicator import child_parent_score
+from cpnas_jax.architecture.kendall import Tau, kendall_tau
 from cpnas_jax.architecture.sampling import FIRST_STAGE, all_survivors
 from cpnas_jax.models.space import OPERATIONS
 
@@ -77,6 +76,7 @@ def of_means(architectures: np.ndarray, values: np.ndarray, rounds: int) -> list
 
 def by_halves(rows: Rows, values: np.ndarray, number: int) -> list[float]:
     """Return the reliability of ridge with `number` architectures, of disjoint sets of them."""
+    sets = len(values) // number
     return [
         reliability(
             rows["architectures"][own],
@@ -84,8 +84,10 @@ def by_halves(rows: Rows, values: np.ndarray, number: int) -> list[float]:
             ALL,
             groups=rows["groups"][own],
             rounds=np.arange(number) // FIRST_STAGE,
+            # Several sets are averaged over themselves.
+            splits=-(-8 // sets),
         )
-        for own in np.split(np.arange(len(values) // number * number), len(values) // number)
+        for own in np.split(np.arange(sets * number), sets)
     ]
 
 

@@ -57,12 +57,12 @@ def base_config() -> config_dict.ConfigDict:
     search.strategy = "cp"
     search.candidates = 7  # of random_search [ours]
     # Of cp_plus, see docs/indicator.md.
-    search.plus_beta_p = 0.5  # of its z, in place of beta_p [ours]
+    search.plus_beta_p = 0.0  # of its z, in place of beta_p; 0 trains the child alone [ours]
     search.measure = "accuracy"  # what z is made of: accuracy or log_likelihood [ours]
     search.max_scored = 560  # architectures that are scored at most, shared by the stages [ours]
     search.plus_score_examples = 2500  # images they are scored on, if score_examples is 0 [ours]
     search.reliability = 0.8  # of the credit, at which a stage has scored enough [ours]
-    search.certainty = 0.95  # at which more than an edge's worst operation is dropped [ours]
+    search.certainty = 0.99  # at which more than an edge's worst operation is dropped [ours]
     search.carry = 1.0  # weight of a score one stage later [ours]
     # data: the devices share each batch [paper: one device]; path: each group of devices trains
     # another architecture of a round at the same time, see docs/devices.md [ours]

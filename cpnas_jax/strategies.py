@@ -49,6 +49,8 @@ def sampled_strategy(config: config_dict.ConfigDict) -> Strategy:
                 carry=search.carry,
             ),
             operations=operations,
+            # What has no say is not trained.
+            models=MODELS if search.plus_beta_p else (CHILD,),
         )
     assert name in ("random", "random_search"), name
     candidates = search.candidates if name == "random_search" else 1

@@ -164,7 +164,7 @@ def test_scores_are_only_of_what_is_trained():
     assert sampled_strategy(config).score({CHILD: np.float64(0.25)}) == 0.25
 
 
-PLUS = {"strategy": "cp_plus", "max_scored": 48}
+PLUS = {"strategy": "cp_plus", "max_scored": 48, "plus_beta_p": 0.5}
 
 
 class Noisy(Oracle):

@@ -97,12 +97,12 @@ class PlusSettings:
 class ChildParentPlus(Strategy):
     """The strategy `cp_plus`.
 
-    With T = `rounds` the supernet is trained for 2 T rounds with all K operations, 2 T more when
-    half of them are left, and so on: 28 T sampled epochs with K = 8, 80 % of the 35 T of `cp`; the
-    others pay for scoring. A number that is passed over, where several are dropped at once, is not
-    trained: the search is shorter, and ends at a higher rate. Between these, operations are dropped
-    one stage after the other on new scores. Alpha is the credit: its gradient is that of
-    1/2 * (alpha - effect)^2, at rate 1.
+    With T = `rounds` child and parent are trained for 2 T rounds with all K operations, 2 T more
+    when half of them are left, and so on: 28 T sampled epochs with K = 8, 80 % of the 35 T of `cp`;
+    the others pay for scoring. The child alone has twice as many. A number that is passed over,
+    where several are dropped at once, is not trained: the search is shorter, and ends at a higher
+    rate. Between these, operations are dropped one stage after the other on new scores. Alpha is
+    the credit: its gradient is that of 1/2 * (alpha - effect)^2, at rate 1.
     """
 
     def __init__(
@@ -129,8 +129,10 @@ class ChildParentPlus(Strategy):
         while stages >= LAST_STAGE:
             trained.append(stages)
             stages //= 2
-        self._rounds = dict.fromkeys(trained, 2 * rounds)
-        self.total = self.schedule = 2 * rounds * sum(trained)
+        # The child alone costs half.
+        each = 2 * rounds * len(MODELS) // len(models)
+        self._rounds = dict.fromkeys(trained, each)
+        self.total = self.schedule = each * sum(trained)
 
     def describe(self) -> str:
         """Name the rounds and what is scored."""

@@ -74,6 +74,8 @@ def test_stages_that_do_not_fit_are_refused():
 def test_the_supernet_is_trained_at_halvings():
     assert plus().total == 28
     assert [plus().rounds(stage) for stage in range(8, 1, -1)] == [2, 0, 0, 0, 2, 0, 2]
+    child = ChildParentPlus(seed=0, rounds=1, settings=SETTINGS, models=("child",))
+    assert (child.total, child.rounds(4)) == (56, 4)
     five = ChildParentPlus(seed=0, rounds=3, settings=SETTINGS, operations=OPERATIONS[:5])
     assert [five.rounds(stage) for stage in (5, 4, 3, 2)] == [6, 0, 0, 6]
     assert five.total == 6 * (5 + 2)

@@ -251,14 +251,6 @@ def check_gradient_strategy(search: config_dict.ConfigDict, shards: int) -> None
             f"config.search.alpha_warmup is {search.alpha_warmup}; it must be below "
             f"config.search.epochs={search.epochs}"
         )
-    if strategy == "cp_gradient" and search.epochs - search.alpha_warmup < (
-        len(search.operations) - 1
-    ):
-        raise UserError(
-            f"config.search.epochs is {search.epochs}; after {search.alpha_warmup} epochs of "
-            f"config.search.alpha_warmup at least {len(search.operations) - 1} must follow, one "
-            "for each operation that is dropped"
-        )
     if strategy == "pc_darts" and search.channels % search.partial_channels:
         raise UserError(
             f"config.search.partial_channels is {search.partial_channels}; it must divide "
@@ -268,4 +260,12 @@ def check_gradient_strategy(search: config_dict.ConfigDict, shards: int) -> None
         raise UserError(
             "config.search.second_order is True; with config.search.strategy=cp_gradient it must "
             "be False: only the strategies of a single mixture, darts and pc_darts, have it"
+        )
+    if strategy == "cp_gradient" and search.epochs - search.alpha_warmup < (
+        len(search.operations) - 1
+    ):
+        raise UserError(
+            f"config.search.epochs is {search.epochs}; after {search.alpha_warmup} epochs of "
+            f"config.search.alpha_warmup at least {len(search.operations) - 1} must follow, one "
+            "for each operation that is dropped"
         )

@@ -110,8 +110,8 @@ def test_checkpoints_of_another_config_are_refused_and_kept(monkeypatch, tmp_pat
             r"config.search.score_batch_size is 16; only 8 images are scored",
         ),
         (
-            {"strategy": "cp_plus", "plus_score_examples": 12, "score_batch_size": 16},
-            r"config.search.score_batch_size is 16; only 12 images are scored",
+            {"strategy": "cp_plus", "plus_score_examples": 8, "score_batch_size": 16},
+            r"config.search.score_batch_size is 16; only 8 images are scored",
         ),
         ({"batch_size": 24}, r"config.search.batch_size is 24.*only 20 images"),
         (

@@ -251,7 +251,8 @@ def agreement(first: np.ndarray, second: np.ndarray, survivors: np.ndarray) -> f
 
     a, b = centred(first), centred(second)
     scale = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale > 0 else 0.0
+    # Rounding must not lead beyond a correlation.
+    return float(np.clip(a @ b / scale, -1.0, 1.0)) if scale > 0 else 0.0
 
 
 def spearman_brown(correlation: float, factor: float) -> float:

@@ -238,7 +238,13 @@ def test_levers_are_of_the_child_alone(lever):
 
 @pytest.mark.parametrize(
     "settings",
-    [dataclasses.replace(SMALL, cells=1), dataclasses.replace(DEEP, binary=False)],
+    [
+        dataclasses.replace(SMALL, cells=1),
+        # With convolutions, which are what recomputing saves the memory of.
+        dataclasses.replace(
+            DEEP, normal=((0, 2, "sep_conv_3x3"), *CHAIN[1:]), reduce=CHAIN, binary=False
+        ),
+    ],
     ids=["a 1-bit cell", "scanned cells"],
 )
 def test_recomputing_changes_no_number(settings):

@@ -23,7 +23,7 @@ SHARED = (
 MODES = {
     "search": (
         *("--config.search.cells=1", "--config.search.reductions=()"),
-        *("--config.search.operations=('none', 'dil_conv_3x3')", "--config.search.rounds=4"),
+        *("--config.search.operations=('none', 'skip_connect')", "--config.search.rounds=4"),
     ),
     "train": (*SMALL[:-1], "--config.train.epochs=8"),
 }

@@ -12,7 +12,6 @@ busy is its share. Prints a table, then one JSON object as the last line.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ import tempfile
 import time
 
 import numpy as np
+from config_files import load_config
 
 from cpnas_jax.architecture.events import sample_line
 from cpnas_jax.architecture.sampling import num_sampled_epochs, stage_permutations
@@ -29,17 +29,6 @@ from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.search_networks import MODELS, EpochSums, Networks
 from cpnas_jax.search_state import Progress
-
-
-def load_config(argument: str):
-    """Return the config of a --config argument."""
-    path, _, words = argument.partition(":")
-    spec = importlib.util.spec_from_file_location("config", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(words)
 
 
 def sampled_epoch(networks: Networks, architectures: np.ndarray) -> None:

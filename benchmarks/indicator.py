@@ -17,11 +17,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from config_files import load_config
 from indicator_report import report
 from search_parallel import SEARCH
 from train_variants import BUDGET, run_all, train
 
-from configs.cifar10 import get_config
 from cpnas_jax.architecture.edge_policy import NONE
 from cpnas_jax.architecture.genotype import from_architecture
 from cpnas_jax.architecture.sampling import FIRST_STAGE, all_survivors, stage_permutations
@@ -52,7 +52,7 @@ SPREAD_FROM, SPREAD = 9, 8
 ALONE = {**SUPERNET, "search.examples": 2048, "search.score_examples": 0}
 """Keys of the trainings of a single architecture with the supernet's layers, of the 1-bit child."""
 
-ALONE_EPOCHS, ALONE_TEST = 8, 4_000
+ALONE_EPOCHS, ALONE_TEST = 8, 10_000
 
 FINAL = {
     **BUDGET,
@@ -95,7 +95,7 @@ def trained_positions(number: int) -> list[int]:
 
 def configured(keys: dict[str, object], seed: int, data_dir: str):
     """Return the config of a search with these keys."""
-    config = get_config("search")
+    config = load_config("configs/cifar10.py:search")
     config.update_from_flattened_dict({**keys, "seed": seed, "dataset.data_dir": data_dir})
     return config
 

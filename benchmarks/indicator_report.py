@@ -179,7 +179,10 @@ def validity(
 ) -> dict[str, dict[str, Tau]]:
     """Return (supernet, age, way) -> score -> tau with the accuracy of what was trained alone."""
     positions = sorted(position for position, seed in found if seed == 0)
-    accuracy = np.array([found[position, 0] for position in positions])
+    # Of all seeds that every architecture was trained with.
+    seeds = {seed for _, seed in found}
+    whole = [seed for seed in seeds if all((own, seed) in found for own in positions)]
+    accuracy = np.array([np.mean([found[own, seed] for seed in whole]) for own in positions])
     table: dict[str, dict[str, Tau]] = {}
     for name, of in supernets.items():
         targets = next(rows for age, rows in of.items() if age.startswith("frozen"))

@@ -6,13 +6,12 @@ in place of images and weights. The operations' form is the one that the package
 
 import contextlib
 import dataclasses
-import pathlib
-import runpy
 import time
 from unittest import mock
 
 import jax
 import numpy as np
+from config_files import load_config
 from ml_collections import config_dict
 
 from cpnas_jax import search_networks, search_step, train_step, trainer
@@ -76,8 +75,7 @@ def _updated(finite, update, state):
 
 def full_config(name: str, mode: str) -> config_dict.ConfigDict:
     """Return the config of a file in `configs/`, in the form for TPUs."""
-    path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
-    config = runpy.run_path(str(path))["get_config"](mode)
+    config = load_config(f"configs/{name}.py:{mode}")
     config.runtime.formulation = "native"
     return config
 

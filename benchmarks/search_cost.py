@@ -12,13 +12,15 @@ alternate, never two at once. The JAX forms, but for the specialised one, gather
 images in the step; PyTorch finds them ready. What a search augments besides is left out everywhere.
 
 A whole search is extrapolated from the steps, without compiling: `cp` is 35 * T sampled epochs of
-child and parent, both scored after each on the validation part; PC-DARTS is 50 epochs, 15 of them
-of the weights alone, and never scored. An epoch is half of 50,000 images, the other half validates.
+child and parent, both scored after each on the validation part; `cp_plus` is 56 * T of the child
+alone and all the scored architectures that it may have, on a tenth of that part; PC-DARTS is 50
+epochs, 15 of them of the weights alone, and never scored. An epoch is half of 50,000 images, the
+other half validates.
 
     python benchmarks/search_cost.py --torch-python=/path/to/an/environment/with/torch/python
 
 A table, then one JSON object as the last line. `ratio_to_pytorch_pc_darts` and `ratio_to_pc_darts`
-are whole-search times of cp over those of the other, by T, medians over the repeats.
+are whole-search times of cp and cp_plus over those of the other, medians over the repeats.
 """
 
 import argparse
@@ -81,6 +83,7 @@ from cpnas_jax.search_step import (
     make_score_call,
     make_train_call,
 )
+from cpnas_jax.strategies import sampled_strategy
 
 MODELS = ("child", "parent")
 NUM_CLASSES = 10
@@ -369,6 +372,13 @@ class Benchmark:
         return seconds
 
 
+def plus_epochs(search, rounds: int) -> int:
+    """Return the sampled epochs of the child that `cp_plus` trains."""
+    config = base_config()
+    config.search.update(strategy="cp_plus", rounds=rounds, plus_beta_p=search.plus_beta_p)
+    return sampled_strategy(config).total
+
+
 def whole_searches(seconds: dict[str, np.ndarray], batch: int, search) -> dict[str, np.ndarray]:
     """Return the seconds of each whole search, f[repeats]."""
     steps, scorings = TRAINING // batch, -(-VALIDATION // batch)
@@ -376,6 +386,11 @@ def whole_searches(seconds: dict[str, np.ndarray], batch: int, search) -> dict[s
         steps * seconds[f"cp {model}"] + scorings * seconds[f"cp score {model}"] for model in MODELS
     )
     whole = {f"cp T{rounds}": num_sampled_epochs(rounds) * epoch for rounds in ROUNDS}
+    score = -(-search.plus_score_examples // batch) * seconds["cp score child"]
+    for rounds in ROUNDS:
+        own = plus_epochs(search, rounds)
+        trained = own * steps * seconds["cp child"]
+        whole[f"cp_plus T{rounds}"] = trained + (own + search.max_scored) * score
     moving = search.epochs - search.alpha_warmup
     for form in ("pc_darts", "pytorch"):
         whole[form] = steps * (
@@ -391,7 +406,7 @@ def summarise(
     flags = benchmark.flags
     whole = whole_searches(seconds, flags.batch, benchmark.search)
     ratios = {
-        form: {f"T{rounds}": spread(whole[f"cp T{rounds}"] / whole[form]) for rounds in ROUNDS}
+        form: {own: spread(whole[own] / whole[form]) for own in whole if own.startswith("cp")}
         for form in ("pytorch", "pc_darts")
     }
     pair = seconds["cp child"] + seconds["cp parent"]

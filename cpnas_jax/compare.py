@@ -50,19 +50,22 @@ class Variant:
         return self.name.replace(", ", "-").replace(" ", "")
 
 
-def beta_variant(beta_p: float) -> str:
-    """Name the variant of `cp` with this beta_P, where several are compared."""
-    return f"cp, beta_P {beta_p:g}"
+def beta_variants(config: config_dict.ConfigDict) -> dict[str, float]:
+    """Return name -> beta_P of the variants of `cp`; the one of `search.beta_p` is just `cp`."""
+    default = config.search.beta_p
+    return {
+        "cp" if beta_p == default else f"cp, beta_P {beta_p:g}": float(beta_p)
+        for beta_p in config.compare.beta_p or (default,)
+    }
 
 
 def variants(config: config_dict.ConfigDict) -> list[Variant]:
     """Return what a config compares: its strategies, `cp` once for each beta_P."""
     found = []
     for strategy in config.compare.strategies:
-        if strategy == "cp" and config.compare.beta_p:
-            for beta_p in config.compare.beta_p:
-                keys = {"strategy": strategy, "beta_p": float(beta_p)}
-                found.append(Variant(beta_variant(beta_p), keys))
+        if strategy == "cp":
+            for name, beta_p in beta_variants(config).items():
+                found.append(Variant(name, {"strategy": strategy, "beta_p": beta_p}))
         else:
             found.append(Variant(strategy, {"strategy": strategy}))
     return found
@@ -191,7 +194,7 @@ def _write(
     """Write what is known so far; a comparison that is stopped leaves its first runs' table."""
     directory.write_json("compare.json", {"finished": whole, **summary(outcomes)})
     directory.write("compare.md", (table(outcomes) + "\n").encode())
-    betas = {beta_variant(beta): float(beta) for beta in config.compare.beta_p}
+    betas = beta_variants(config)
     processes.first_alone(lambda: draw_comparison(outcomes, directory.path))
     if len(betas) > 1:
         processes.first_alone(lambda: draw_beta_curve(outcomes, betas, directory.path))

@@ -81,7 +81,7 @@ def test_cp_is_run_for_every_beta(runs, tmp_path):
         ("cp", 2.0),
     ]
     names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
-    assert names == ["child", "cp-beta_P0", "cp-beta_P0.5", "cp-beta_P2"]
+    assert names == ["child", "cp", "cp-beta_P0", "cp-beta_P0.5"]
     assert (tmp_path / "beta.svg").exists()
 
 

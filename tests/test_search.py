@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import time
 
 import jax
@@ -15,6 +12,7 @@ import stand_in
 from command_line import kill_after_a_line
 from outcomes import lines, search_outcome
 from rich.console import Console
+from searches import SMALL, finish, start_search
 
 from cpnas_jax import config as configs
 from cpnas_jax.architecture.genotype import Genotype
@@ -26,53 +24,27 @@ from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.search import search
 
 ROOT = pathlib.Path(__file__).parents[1]
-SMALL = (
-    # A reduction cell, whose edges have both strides; a normal one is searched below.
-    *("--config.search.examples=640", "--config.search.cells=1", "--config.search.reductions=(0,)"),
-    "--config.search.operations=('none','skip_connect','sep_conv_3x3')",
-    "--config.search.edge_policy=all",
-    "--config.runtime.optimization_level=0",  # compiling takes longer than these searches
-)
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("tfds")
+def base(tmp_path_factory):
+    """The data and compiled programs, shared by all processes of these tests."""
+    return tmp_path_factory.mktemp("searches")
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Compiled programs, shared by all processes of these tests."""
-    return tmp_path_factory.mktemp("cache")
+def data_dir(base):
+    return base / "data"
 
 
 @pytest.fixture(scope="session")
-def shell(data_dir, cache):
+def shell(base):
     """Start the command line in a process of its own, on one device."""
 
-    def start(workdir, *arguments, largest_file=None):
-        command = [sys.executable, "-m", "cpnas_jax.main"]
-        command += ["--config=configs/mnist5k.py:search,smoke", f"--workdir={workdir}"]
-        command += [f"--config.dataset.data_dir={data_dir}", *SMALL, *arguments]
-        if largest_file:
-            # A file that may not grow fails as one on a full disk does.
-            command = ["bash", "-c", f'ulimit -f {largest_file}; exec "$@"', "bash", *command]
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(cache)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(workdir, *arguments, **settings):
+        return start_search(base, workdir, *SMALL, *arguments, **settings)
 
     return start
-
-
-def finish(process):
-    output, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    return output
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ from cpnas_jax.bilevel_step import (
     BilevelCall,
     BilevelSettings,
     BilevelState,
-    alpha_optimizer,
+    alpha_adam,
     make_bilevel_call,
 )
 from cpnas_jax.config import base_config
@@ -238,7 +238,7 @@ class Benchmark:
         # PyTorch's rate is constant, and these steps are those of a late epoch.
         constant = dataclasses.replace(OPTIMIZER, total_steps=10**9)
         optimizer = MixtureOptimizer(constant, PARENT)
-        rule = alpha_optimizer(search.alpha_learning_rate, search.alpha_weight_decay)
+        rule = alpha_adam(search.alpha_learning_rate, search.alpha_weight_decay)
 
         def initial(key) -> BilevelState:
             params = relaxation.init(key, (flags.image_size, flags.image_size, 3))

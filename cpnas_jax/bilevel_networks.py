@@ -14,7 +14,7 @@ from cpnas_jax.bilevel_step import (
     BilevelCall,
     BilevelSettings,
     BilevelState,
-    alpha_optimizer,
+    alpha_adam,
     make_bilevel_call,
     make_score_logits,
 )
@@ -23,8 +23,8 @@ from cpnas_jax.data.datasets import Split
 from cpnas_jax.data.order import alpha_key, weights_key
 from cpnas_jax.diagnosis import NotFinite, finite_on_host
 from cpnas_jax.mixture_optimizer import MixtureOptimizer
-from cpnas_jax.models.mixture import Alpha, MixtureSettings, init_alpha
-from cpnas_jax.models.space import CHILD, MODELS, PARENT
+from cpnas_jax.models.mixture import MixtureSettings, init_alpha
+from cpnas_jax.models.space import CHILD, MODELS, PARENT, Alpha
 from cpnas_jax.path_optimizer import PathOptimizer
 from cpnas_jax.relaxation import Relaxation, mixture_of, sampled_by
 from cpnas_jax.runtime.costs import program_cost
@@ -124,7 +124,7 @@ class BilevelNetworks(SearchDevices):
             self._optimizer = PathOptimizer(optimizers)
         else:
             self._optimizer = MixtureOptimizer(optimizers, self.models[0])
-        self._alpha_rule = alpha_optimizer(search.alpha_learning_rate, search.alpha_weight_decay)
+        self._alpha_rule = alpha_adam(search.alpha_learning_rate, search.alpha_weight_decay)
         # Weights and two moments of every model, and gradients; second order has three more sets.
         copies = 4 * len(self.models) + 3 * search.second_order
         self._check_weights(lambda key: self._relaxation.init(key, self._image_shape), copies)

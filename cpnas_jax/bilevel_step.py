@@ -26,7 +26,7 @@ from jax import lax
 from cpnas_jax.data.examples import Examples
 from cpnas_jax.data.order import epoch_permutation, sample_key, validation_key
 from cpnas_jax.models.losses import cross_entropy
-from cpnas_jax.models.mixture import Alpha
+from cpnas_jax.models.space import Alpha
 from cpnas_jax.relaxation import Relaxation
 from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.search_step import ModelState, StepSettings, augmented_batch
@@ -45,7 +45,7 @@ class AlphaState:
 
     Attributes:
         alpha: the architecture parameters.
-        optimizer: state of `alpha_optimizer`.
+        optimizer: state of `alpha_adam`.
     """
 
     alpha: Alpha
@@ -119,7 +119,7 @@ class BilevelSettings:
             raise ValueError(f"second order with {len(self.binary)} models")
 
 
-def alpha_optimizer(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
+def alpha_adam(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
     """Return alpha's optimizer: Adam with decay in the gradient, as in PyTorch (DARTS)."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
@@ -154,7 +154,7 @@ def make_bilevel_call(
         settings: the static side.
         relaxation: how alpha enters a loss.
         optimizer: of the weights: `PathOptimizer` or `MixtureOptimizer`.
-        alpha_rule: `alpha_optimizer`.
+        alpha_rule: `alpha_adam`.
     """
     step_settings, shards = settings.step, settings.step.shards
     flags = np.asarray(settings.binary)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from cpnas_jax.models import mixture, supernet
-from cpnas_jax.models.mixture import Alpha, MixtureSettings
+from cpnas_jax.models.mixture import MixtureSettings
 from cpnas_jax.models.operations import Binary
-from cpnas_jax.models.space import CELL_TYPES, NUM_OPERATIONS
+from cpnas_jax.models.space import CELL_TYPES, NUM_OPERATIONS, Alpha
 from cpnas_jax.models.supernet import Params, SupernetSettings
 
 

@@ -17,7 +17,7 @@ from cpnas_jax.bilevel_step import (
     BilevelCall,
     BilevelSettings,
     BilevelState,
-    alpha_optimizer,
+    alpha_adam,
     make_bilevel_call,
 )
 from cpnas_jax.data.augment import CROP_DRAWS, normalise, random_crop_flip
@@ -125,7 +125,7 @@ def start_of(models):
         return ModelState(params, state)
 
     alpha = {"normal": normal(14, 8), "reduce": normal(14, 8)}
-    alpha_state = alpha_optimizer(RATES["alpha"], RATES["decay"]).init(alpha)
+    alpha_state = alpha_adam(RATES["alpha"], RATES["decay"]).init(alpha)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(model() for _ in models))
     return BilevelState(stacked, jax.device_get(AlphaState(alpha, alpha_state)))
 
@@ -138,7 +138,7 @@ def program_of(models, second_order=False, devices=DEVICES, virtual=0):
     """(state, call) -> state and sums, of the first of so many devices that share the batches."""
     settings = settings_of(models, second_order, devices, virtual)
     function = make_bilevel_call(
-        settings, TOY, rule(models), alpha_optimizer(RATES["alpha"], RATES["decay"])
+        settings, TOY, rule(models), alpha_adam(RATES["alpha"], RATES["decay"])
     )
     mapped = jax.pmap(function, AXIS, devices=jax.devices()[:devices])
 

@@ -18,10 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cpnas_jax.models.space import CELL_TYPES, NUM_EDGES, NUM_OPERATIONS
-
-Alpha = dict[str, jax.Array]
-"""One f32[14, 8] for each cell type: {'normal': ..., 'reduce': ...}."""
+from cpnas_jax.models.space import CELL_TYPES, NUM_EDGES, NUM_OPERATIONS, Alpha
 
 
 def init_alpha() -> Alpha:

@@ -17,7 +17,15 @@ from cpnas_jax.architecture.parsing import parse_line
 from cpnas_jax.architecture.replay import TOLERANCE, ReplayResult
 from cpnas_jax.architecture.sampling import LAST_STAGE, all_survivors, num_surviving
 from cpnas_jax.architecture.strategy import Decision
-from cpnas_jax.models.space import CELL_TYPES, CHILD, EDGES, NUM_EDGES, OPERATIONS, PARENT
+from cpnas_jax.models.space import (
+    CELL_TYPES,
+    CHILD,
+    EDGE_PARAMETERS,
+    EDGES,
+    NUM_EDGES,
+    OPERATIONS,
+    PARENT,
+)
 from cpnas_jax.runtime.errors import UserError
 
 _NONE = OPERATIONS.index("none")
@@ -81,8 +89,8 @@ def derived(
     edges = np.ones((len(CELL_TYPES), NUM_EDGES))
     targets = np.array([target for _, target in EDGES])
     for row, cell in enumerate(CELL_TYPES):
-        if f"{cell}_edges" in alpha:
-            own = np.exp(np.asarray(alpha[f"{cell}_edges"], np.float64))
+        if EDGE_PARAMETERS[cell] in alpha:
+            own = np.exp(np.asarray(alpha[EDGE_PARAMETERS[cell]], np.float64))
             totals = np.array([own[targets == target].sum() for target in targets])
             edges[row] = own / totals
     other = np.where(survivors, weights, -1.0)
@@ -146,7 +154,7 @@ class _Replay:
                     f"{model}_accuracy is {accuracy}; this strategy trains "
                     f"{' and '.join(self.rule.models)}"
                 )
-        names = set(CELL_TYPES) | {f"{cell}_edges" for cell in CELL_TYPES if self.rule.edges}
+        names = set(CELL_TYPES) | {EDGE_PARAMETERS[cell] for cell in CELL_TYPES if self.rule.edges}
         if set(event.alpha) != names:
             raise ValueError(
                 f"alpha has {', '.join(sorted(event.alpha))}; it must have "

@@ -15,12 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cpnas_jax.architecture.alpha import Alpha, alpha_optimizer, apply_gradient
+from cpnas_jax.architecture.alpha import alpha_optimizer, apply_gradient
 from cpnas_jax.architecture.credit import Credit, drops, reliability, ridge
 from cpnas_jax.architecture.events import dropped_mask, pruning_line
 from cpnas_jax.architecture.sampling import LAST_STAGE, SHAPE, stage_permutations
 from cpnas_jax.architecture.strategy import Decision, Strategy
-from cpnas_jax.models.space import CELL_TYPES, CHILD, MODELS, NUM_OPERATIONS, OPERATIONS, PARENT
+from cpnas_jax.models.space import (
+    CELL_TYPES,
+    CHILD,
+    MODELS,
+    NUM_OPERATIONS,
+    OPERATIONS,
+    PARENT,
+    Alpha,
+)
 
 MEASURES = ("accuracy", "log_likelihood")
 """What a scored architecture can be judged by."""

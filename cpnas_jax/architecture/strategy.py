@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import optax
 
-from cpnas_jax.architecture.alpha import Alpha, restart, update_alpha
+from cpnas_jax.architecture.alpha import restart, update_alpha
 from cpnas_jax.architecture.collapse import limit_skips
 from cpnas_jax.architecture.edge_policy import derive
 from cpnas_jax.architecture.events import choice_line, stage_line
 from cpnas_jax.architecture.genotype import EdgePolicy
 from cpnas_jax.architecture.indicator import child_parent_score, drop_worst, indicator
 from cpnas_jax.architecture.sampling import SHAPE, num_sampled_epochs, stage_permutations
-from cpnas_jax.models.space import CHILD, MODELS, NUM_OPERATIONS, OPERATIONS, PARENT
+from cpnas_jax.models.space import CHILD, MODELS, NUM_OPERATIONS, OPERATIONS, PARENT, Alpha
 
 
 @dataclasses.dataclass(frozen=True)

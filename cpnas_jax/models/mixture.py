@@ -22,14 +22,16 @@ import jax.numpy as jnp
 from cpnas_jax.models import layers, supernet
 from cpnas_jax.models.edges import EdgeForm, EdgeKind, Params, edge_operation
 from cpnas_jax.models.operations import Binary
-from cpnas_jax.models.space import CELL_TYPES, EDGES, NUM_EDGES, NUM_OPERATIONS, OPERATIONS
+from cpnas_jax.models.space import (
+    CELL_TYPES,
+    EDGE_PARAMETERS,
+    EDGES,
+    NUM_EDGES,
+    NUM_OPERATIONS,
+    OPERATIONS,
+    Alpha,
+)
 from cpnas_jax.models.supernet import CellScan, CellShape, SupernetSettings
-
-Alpha = dict[str, jax.Array]
-"""One f32[14, 8] for each cell type, and with edge normalisation also one f32[14] for each, under
-the names of `EDGE_PARAMETERS`."""
-
-EDGE_PARAMETERS = {"normal": "normal_edges", "reduce": "reduce_edges"}
 
 ALPHA_SCALE = 1e-3
 """Standard deviation of alpha at the start (DARTS, PC-DARTS)."""
@@ -121,20 +123,6 @@ def edge_weights(alpha: Alpha) -> dict[str, jax.Array]:
         cell: normalised(alpha[name]) if name in alpha else jnp.ones((NUM_EDGES,), jnp.float32)
         for cell, name in EDGE_PARAMETERS.items()
     }
-
-
-def strengths(alpha: Alpha, survivors: jax.Array) -> dict[str, jax.Array]:
-    """Return what an operation of an edge counts when cells are derived (DARTS, PC-DARTS).
-
-    Args:
-        alpha: the architecture parameters.
-        survivors: bool[2, 14, 8].
-
-    Returns:
-        cell type -> f32[14, 8], the operation's weight times that of its edge.
-    """
-    operations, edges = operation_weights(alpha, survivors), edge_weights(alpha)
-    return {cell: operations[cell] * edges[cell][:, None] for cell in CELL_TYPES}
 
 
 def apply(

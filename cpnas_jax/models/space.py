@@ -1,5 +1,7 @@
 """The search space: operations and edges of a cell (CP-NAS section 4.3; names of DARTS)."""
 
+import jax
+
 OPERATIONS = (
     "none",
     "max_pool_3x3",
@@ -14,6 +16,13 @@ OPERATIONS = (
 
 CELL_TYPES = ("normal", "reduce")
 """Order of the two cell types in the leading axis of an architecture."""
+
+EDGE_PARAMETERS = {"normal": "normal_edges", "reduce": "reduce_edges"}
+"""Cell type -> name of its edges' own parameters in alpha, where they are normalised."""
+
+Alpha = dict[str, jax.Array]
+"""The architecture parameters: one f32[14, 8] under each cell type, and with edge normalisation
+also one f32[14] under each name of `EDGE_PARAMETERS`."""
 
 NUM_INPUTS = 2
 """Nodes 0 and 1 are the outputs of the two previous cells."""

@@ -18,11 +18,12 @@ from unrolled import (
     written_out,
 )
 
+from cpnas_jax.architecture.gradient import derived
 from cpnas_jax.models import binarize, mixture, supernet
 from cpnas_jax.models.binarize import Binarizer
-from cpnas_jax.models.mixture import EDGE_PARAMETERS, MixtureSettings
+from cpnas_jax.models.mixture import MixtureSettings
 from cpnas_jax.models.operations import OperationSettings
-from cpnas_jax.models.space import CELL_TYPES, EDGES, OPERATIONS
+from cpnas_jax.models.space import CELL_TYPES, EDGE_PARAMETERS, EDGES, OPERATIONS
 from cpnas_jax.models.supernet import SupernetSettings
 
 
@@ -215,17 +216,21 @@ def test_edge_weights_sum_to_one_at_every_node():
         np.testing.assert_array_equal(weights, np.ones(14))
 
 
-def test_strengths_are_weights_of_survivors_times_those_of_their_edges():
+def test_cells_are_derived_by_the_weights_that_the_network_has():
+    """`derived` computes them on the host, in double precision, for logs that are checked."""
     alpha = alpha_of(True)
-    survivors = np.random.default_rng(1).random((2, 14, 8)) < 0.5
-    survivors[..., 2] = True
-    for cell, mask in zip(CELL_TYPES, survivors, strict=True):
-        exponentials = np.exp(alpha[cell]) * mask
-        weights = exponentials / exponentials.sum(axis=1, keepdims=True)
-        expected = weights * np.asarray(mixture.edge_weights(alpha)[cell])[:, None]
-        found = mixture.strengths(alpha, jnp.asarray(survivors))[cell]
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-        assert np.all(np.asarray(found)[~mask] == 0)
+    # Three of every edge.
+    survivors = np.random.default_rng(1).random((2, 14, 8)).argsort(axis=-1) < 3
+    _, strengths, weights = derived(alpha, survivors)
+    own = mixture.operation_weights(alpha, jnp.asarray(survivors))
+    edges = mixture.edge_weights(alpha)
+    for row, cell in enumerate(CELL_TYPES):
+        mask = survivors[row]
+        np.testing.assert_allclose(own[cell][mask], weights[row][mask], rtol=1e-5)
+        np.testing.assert_allclose(
+            (own[cell] * edges[cell][:, None])[mask], strengths[row][mask], rtol=1e-5
+        )
+        assert np.isnan(strengths[row][~mask]).all()
 
 
 def test_alpha_starts_small_and_differs_by_key():

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from config_files import load_config
 from indicator_report import report
-from search_parallel import SEARCH
-from train_variants import BUDGET, run_all, train
+from small_cifar10 import RUN
+from train_variants import run_all, train
 
 from cpnas_jax.architecture.edge_policy import NONE
 from cpnas_jax.architecture.genotype import from_architecture
@@ -32,9 +32,7 @@ from cpnas_jax.runtime import environment
 from cpnas_jax.search_networks import MODELS, EpochSums, Networks
 
 SUPERNET = {
-    **SEARCH,
-    "dataset.image_size": 12,
-    "dataset.crop_padding": 1,
+    **RUN,
     "search.examples": 1536,
     "search.score_examples": 256,
 }
@@ -55,9 +53,7 @@ ALONE = {**SUPERNET, "search.examples": 2048, "search.score_examples": 0}
 ALONE_EPOCHS, ALONE_TEST = 8, 10_000
 
 FINAL = {
-    **BUDGET,
-    "dataset.image_size": 12,
-    "dataset.crop_padding": 1,
+    **RUN,
     "network.channels": 8,
     "train.examples": 8_000,
     "train.epochs": 6,

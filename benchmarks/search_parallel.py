@@ -4,7 +4,7 @@
 
 Every search is a process on a core of its own: `path` on several forced CPU devices, one to an
 architecture; `data`, of which the number of devices is no hyper-parameter, on one. The 1-bit child
-of what is found is trained by itself, with a budget that is the same for all. `--keep DIR` keeps
+of what is found is trained by itself; `small_cifar10.py` has the budget of both. `--keep DIR` keeps
 the workdirs, and what is finished there is not run again. A table of the children's test
 accuracies, then one JSON object as the last line.
 """
@@ -12,24 +12,8 @@ accuracies, then one JSON object as the last line.
 import argparse
 from pathlib import Path
 
-from train_variants import BUDGET, report, run_all, run_phase, train
-
-SEARCH = {
-    "dataset.image_size": 16,
-    "dataset.crop_padding": 2,
-    "search.examples": 3072,
-    "search.validation_fraction": 1 / 3,
-    "search.rounds": 1,
-    "search.cells": 3,
-    "search.reductions": (1, 2),
-    "search.channels": 8,
-    "search.batch_size": 64,
-    "search.score_batch_size": 256,
-    "search.child_optimizer": "adam",
-    "search.child_learning_rate": 0.005,
-    "search.learning_rate": 0.05,
-}
-"""What every search here shares, keys of a config."""
+from small_cifar10 import RUN
+from train_variants import report, run_all, run_phase, train
 
 
 def main() -> None:
@@ -39,27 +23,19 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=4, help="of `path`")
     parser.add_argument("--data-dir", required=True, help="where cifar10 is prepared")
     parser.add_argument("--keep", type=Path, help="directory for the runs' files")
-    parser.add_argument("--examples", type=int, default=10_000, help="of the final training")
-    parser.add_argument("--epochs", type=int, default=5, help="of the final training")
     flags = parser.parse_args()
-    final = {
-        **BUDGET,
-        "train.examples": flags.examples,
-        "train.epochs": flags.epochs,
-        "train.evaluate_every": flags.epochs,
-    }
 
     def run(parallel: str, seed: int, base: Path, core: int) -> dict[str, float]:
-        common = {"seed": seed, "dataset.data_dir": flags.data_dir}
-        keys = {**SEARCH, **common, "search.parallel": parallel}
+        keys = {**RUN, "seed": seed, "dataset.data_dir": flags.data_dir}
+        keys["search.parallel"] = parallel
         devices = flags.devices if parallel == "path" else 1
         searched = run_phase("search", base / "search", keys, core, devices)
-        found = {**final, **common, "genotype": base / "search/genotype.json"}
+        found = {**keys, "genotype": base / "search/genotype.json"}
         # The table's seconds are the search's.
         return {**train(base / "train", found, core), "seconds": searched["seconds"]}
 
     of = run_all(["data", "path"], flags.seeds, flags.keep, run)
-    report("search_parallel", of, {**SEARCH, **final, "devices": flags.devices})
+    report("search_parallel", of, {**RUN, "devices": flags.devices})
 
 
 if __name__ == "__main__":

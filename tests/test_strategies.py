@@ -28,7 +28,7 @@ def flags(strategy):
     """Return the flags of a search of seconds."""
     own = {
         "random_search": ("--config.search.candidates=3",),
-        "cp_plus": ("--config.search.max_scored=9", "--config.search.plus_score_examples=100"),
+        "cp_plus": ("--config.search.max_scored=24", "--config.search.plus_score_examples=100"),
         # All that happens when alpha moves, and something before.
         **dict.fromkeys(GRADIENT, ("--config.search.epochs=6", "--config.search.alpha_warmup=2")),
     }

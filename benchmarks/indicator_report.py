@@ -155,6 +155,23 @@ def spread_of(found: dict[tuple[int, int], float]) -> dict[str, float]:
     }
 
 
+def carried(of: dict[str, Rows], score: str) -> tuple[Rows, np.ndarray]:
+    """Return what a supernet was scored with after its youngest age, as one set of observations."""
+    parts = [rows for age, rows in of.items() if age not in ("own", min(of, key=_rounds))]
+    groups: list[np.ndarray] = []
+    for rows in parts:
+        groups.append(rows["groups"] + sum(len(set(own)) for own in groups))
+    rows = {
+        "architectures": np.concatenate([rows["architectures"] for rows in parts]),
+        "groups": np.concatenate(groups),
+    }
+    return rows, np.concatenate([scores(rows)[score] for rows in parts])
+
+
+def _rounds(age: str) -> float:
+    return float(age.split()[1]) if age.startswith("frozen") else np.inf
+
+
 def predicted(rows: Rows, values: np.ndarray, positions: list[int], targets: Rows) -> np.ndarray:
     """Return the ridge prediction of architectures that take no part in the estimate."""
     keys = {tuple(own.ravel()) for own in targets["architectures"][positions]}
@@ -197,6 +214,12 @@ def validity(
                     own[score] = kendall_tau(values[positions], accuracy)
                 own = table.setdefault(f"{name} {age} ridge", {})
                 forecast = predicted(rows, values, positions, targets)
+                if np.ptp(forecast) > 0:
+                    own[score] = kendall_tau(forecast, accuracy)
+        if sum(age.startswith("frozen") for age in of) > 1:
+            own = table.setdefault(f"{name} carried ridge", {})
+            for score in scores(targets):
+                forecast = predicted(*carried(of, score), positions, targets)
                 if np.ptp(forecast) > 0:
                     own[score] = kendall_tau(forecast, accuracy)
     return table

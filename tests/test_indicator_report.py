@@ -73,6 +73,19 @@ def test_what_is_predicted_takes_no_part_in_the_estimate(keep):
     np.testing.assert_array_equal(one, other)
 
 
+def test_scores_of_several_ages_are_carried_with_a_level_each(keep):
+    supernets, trained = indicator_report.load(keep)
+    (rows,) = supernets["step-0"].values()
+    # The supernet's progress: all are better later.
+    later = {**rows, "accuracy": rows["accuracy"] + 0.1, "groups": rows["groups"] * 0}
+    of = {"frozen 1": rows, "frozen 4": rows, "frozen 12": later}
+    found, values = indicator_report.carried(of, "z 0")
+    assert set(found["groups"]) == {0, 1}
+    assert len(values) == len(found["groups"]) == 2 * len(rows["architectures"])
+    own = indicator_report.validity({"step-0": of}, trained["alone"])["step-0 carried ridge"]
+    assert own["z 0"].low > 0.4
+
+
 def test_means_are_compared_over_disjoint_rounds(keep):
     supernets, _ = indicator_report.load(keep)
     rows = supernets["step-0"]["frozen 4"]

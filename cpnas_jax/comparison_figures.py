@@ -5,19 +5,10 @@ import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cpnas_jax.comparison import KINDS, Outcome, by_variant
-from cpnas_jax.figures import CHILD_COLOUR, KIND_COLOURS, save_figure
-
-_PALE = "#E6E6E6"
-
-
-def _plain(axes: Axes, axis: str) -> None:
-    axes.grid(axis=axis, color=_PALE, lw=0.8)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+from cpnas_jax.figures import CHILD_COLOUR, KIND_COLOURS, plain_axes, save_figure
 
 
 def draw_comparison(
@@ -55,7 +46,7 @@ def draw_comparison(
     kinds.set_xlabel("operations of both cells, %")
     figure.legend(loc="outside upper right", ncols=len(KINDS), frameon=False)
     for axes in (accuracy, cost, kinds):
-        _plain(axes, "x")
+        plain_axes(axes, "x")
     return save_figure(figure, directory, "compare")
 
 
@@ -90,5 +81,5 @@ def draw_beta_curve(
         axes.plot(order, means, "-", color="black", lw=1.4)
         axes.set_xlabel("beta_P (line: mean, dots: seeds)")
         axes.set_ylabel(name)
-        _plain(axes, "y")
+        plain_axes(axes, "y")
     return save_figure(figure, directory, "beta")

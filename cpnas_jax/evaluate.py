@@ -19,6 +19,7 @@ from cpnas_jax.data.order import scoring_indices
 from cpnas_jax.models.losses import cross_entropy_sum
 from cpnas_jax.models.network import Network, NetworkSettings, Outputs
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.parallel import AXIS
 from cpnas_jax.runtime.shards import Shards
 
 TOP = 5
@@ -34,6 +35,9 @@ class Evaluation:
         top5: share whose label is among the first five; None with five classes or fewer.
         loss: mean cross-entropy.
         confusion: int[classes, classes], true class by answer.
+        answers: int32[n], the first answer to each example of the split; -1 where not counted.
+        labels: int32[n], likewise.
+        confidences: f32[n], the softmax of the first answer; 0 where not counted.
     """
 
     examples: int
@@ -41,6 +45,9 @@ class Evaluation:
     top5: float | None
     loss: float
     confusion: np.ndarray
+    answers: np.ndarray
+    labels: np.ndarray
+    confidences: np.ndarray
 
     def per_class(self) -> list[float | None]:
         """Return the share of each class that was answered right; None where it has no example."""
@@ -51,7 +58,7 @@ class Evaluation:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
+        """Return it as JSON holds it, without what is of single examples."""
         return {
             "examples": self.examples,
             "top1": self.top1,
@@ -62,11 +69,18 @@ class Evaluation:
         }
 
 
-def _zeros(classes: int) -> dict[str, jax.Array]:
+OF_EXAMPLES = ("answers", "labels", "confidences")
+"""Counts that have a place for each example."""
+
+
+def _zeros(classes: int, examples: int) -> dict[str, jax.Array]:
     return {
         "top5": jnp.zeros((), jnp.int32),
         "loss": jnp.zeros((), jnp.float32),
         "confusion": jnp.zeros((classes, classes), jnp.int32),
+        "answers": jnp.zeros(examples, jnp.int32),
+        "labels": jnp.zeros(examples, jnp.int32),
+        "confidences": jnp.zeros(examples, jnp.float32),
     }
 
 
@@ -76,8 +90,18 @@ def _counted(
     sums: dict[str, jax.Array],
     batch: Examples,
     counts: jax.Array,
+    places: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Add a batch's answers to the sums: counts f32[n], 1 for the examples that count."""
+    """Add a batch's answers to the sums.
+
+    Args:
+        network: is asked.
+        variables: of the network.
+        sums: so far.
+        batch: n examples.
+        counts: f32[n], 1 for the examples that count.
+        places: int32[n], of each example in what `OF_EXAMPLES` names.
+    """
     images = normalise(batch.images, batch.mean, batch.std)
     labels = batch.labels
     logits = cast(Outputs, network.apply(variables, images, train=False)).logits
@@ -88,10 +112,16 @@ def _counted(
     classes = jnp.arange(logits.shape[1], dtype=labels.dtype)[None]
     before = (logits > own) | ((logits == own) & (classes < labels[:, None]))
     better = jnp.sum(before.astype(jnp.int32), axis=1)
+    confidences = jnp.max(jax.nn.softmax(logits), axis=-1)
+    # An example counts once, so that the sum over batches and devices is its own value; one more
+    # than the class, so that 0 is left for those that do not count.
     return {
         "top5": sums["top5"] + jnp.sum((better < TOP).astype(jnp.int32) * weights),
         "loss": sums["loss"] + cross_entropy_sum(logits, labels, counts),
         "confusion": sums["confusion"].at[labels, answers].add(weights),
+        "answers": sums["answers"].at[places].add((answers + 1) * weights),
+        "labels": sums["labels"].at[places].add((labels + 1) * weights),
+        "confidences": sums["confidences"].at[places].add(confidences * counts),
     }
 
 
@@ -102,7 +132,8 @@ def make_evaluation_call(
 
     It takes {"params", "batch_stats"}, the split, and the passes of `Shards.combine`; it returns
     counts over all devices: `top5` int32[], `loss` f32[] (a sum), `confusion`
-    int32[classes, classes].
+    int32[classes, classes], and of each example `answers` and `labels` int32[num_examples], one
+    more than the class, and `confidences` f32[num_examples]; 0 where it does not count.
     """
     indices, mask = scoring_indices(num_examples, batch_size)
     rows_of = indices.reshape(-1, shards.count, batch_size // shards.count)
@@ -117,11 +148,11 @@ def make_evaluation_call(
             own = dataclasses.replace(
                 examples, images=examples.images[row], labels=examples.labels[row]
             )
-            return _counted(network, variables, sums, own, counts), None
+            return _counted(network, variables, sums, own, counts, row), None
 
         def of_shard(shard: jax.Array) -> tuple[None, dict[str, jax.Array]]:
             parts = jnp.asarray(rows_of)[:, shard], jnp.asarray(mask_of)[:, shard]
-            sums, _ = lax.scan(batch, _zeros(settings.num_classes), parts)
+            sums, _ = lax.scan(batch, _zeros(settings.num_classes, num_examples), parts)
             return None, sums
 
         _, sums = shards.combine(of_shard, passes)
@@ -143,13 +174,17 @@ def make_batch_evaluation_call(
     def batch_call(
         variables: Any, batch: Examples, counts: jax.Array, passes: jax.Array
     ) -> dict[str, jax.Array]:
+        size = batch.labels.shape[0]
+        first = lax.axis_index(AXIS).astype(jnp.int32) * size
+        places = first + jnp.arange(size, dtype=jnp.int32)
+
         def of_shard(shard: jax.Array) -> tuple[None, dict[str, jax.Array]]:
-            images, labels, own_counts = shards.local_rows(
-                (batch.images, batch.labels, counts), shard
+            images, labels, own_counts, own_places = shards.local_rows(
+                (batch.images, batch.labels, counts, places), shard
             )
             own = dataclasses.replace(batch, images=images, labels=labels)
-            zeros = _zeros(settings.num_classes)
-            return None, _counted(network, variables, zeros, own, own_counts)
+            zeros = _zeros(settings.num_classes, size * shards.num_devices)
+            return None, _counted(network, variables, zeros, own, own_counts, own_places)
 
         _, sums = shards.combine(of_shard, passes)
         return sums
@@ -177,6 +212,9 @@ def evaluation(counts: dict[str, np.ndarray]) -> Evaluation:
         top5=float(counts["top5"] / num_examples) if classes > TOP else None,
         loss=float(counts["loss"] / num_examples),
         confusion=confusion,
+        answers=counts["answers"] - 1,
+        labels=counts["labels"] - 1,
+        confidences=counts["confidences"],
     )
 
 

@@ -106,6 +106,17 @@ class Feed(abc.ABC):
         """Return the counts of `evaluate.evaluation` over the whole test split."""
 
     @abc.abstractmethod
+    def test_images(self, rows: np.ndarray) -> np.ndarray:
+        """Return some examples of the test split as the network sees them before normalisation.
+
+        Args:
+            rows: int[n], positions in the split, n at least 1; every process must ask for the same.
+
+        Returns:
+            uint8[n, height, width, channels].
+        """
+
+    @abc.abstractmethod
     def undecodable(self) -> dict[str, list[int]]:
         """Return split -> examples that were skipped; every process must call it.
 

@@ -148,6 +148,10 @@ class ResidentFeed(Feed):
         del batch_size
         return to_host(program(variables, self._test, passes_of(self._shards)))
 
+    def test_images(self, rows: np.ndarray) -> np.ndarray:
+        """Return some test examples."""
+        return self._splits[1].images[rows]
+
     def undecodable(self) -> dict[str, list[int]]:
         """Return split -> examples that were left out when it was loaded."""
         pairs = zip(self._names, self._splits, strict=True)

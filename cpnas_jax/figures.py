@@ -1,4 +1,4 @@
-"""Figures of a search for people: its cells and its accuracies, as PNG and SVG files.
+"""Figures for people as PNG and SVG files: the cells of a genotype, and what all figures share.
 
 Only matplotlib's figure objects are used, never pyplot, so that nothing here needs a display.
 """
@@ -8,8 +8,8 @@ import io
 import os
 import pathlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import matplotlib
 from etils import epath
@@ -19,12 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
-from cpnas_jax.architecture.events import EpochEvent, SampleEvent
 from cpnas_jax.architecture.genotype import Edge, Genotype
-from cpnas_jax.architecture.parsing import parse_line
 from cpnas_jax.models.space import CELL_TYPES, NUM_INPUTS, NUM_NODES, OPERATIONS
 from cpnas_jax.runtime.atomic import write_atomically
-from cpnas_jax.runtime.errors import UserError
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -43,7 +40,7 @@ SHORT_NAMES = {
 NODE_NAMES = ("c_{k-2}", "c_{k-1}", "0", "1", "2", "3")
 """Names of a cell's nodes, as the literature writes them."""
 
-_TITLES = {"normal": "Normal cell", "reduce": "Reduction cell"}
+TITLES = {"normal": "Normal cell", "reduce": "Reduction cell"}
 # Okabe and Ito's colours, which differ for colour-blind readers too.
 KIND_COLOURS = {
     "convolution": "#0072B2",
@@ -51,7 +48,8 @@ KIND_COLOURS = {
     "skip": "#009E73",
     "none": "#9A9A9A",
 }
-_INK, _PALE = "#333333", "#C4C4C4"
+INK, _PALE = "#333333", "#C4C4C4"
+GRID = "#E6E6E6"
 CHILD_COLOUR, PARENT_COLOUR = "#0072B2", "#E69F00"
 _SVG_OPTIONS = {"svg.hashsalt": "cpnas_jax", "svg.fonttype": "none"}
 # matplotlib takes the options above from global state only.
@@ -105,10 +103,10 @@ def cells_figure(genotype: Genotype) -> Figure:
         axes.set_axis_off()
         axes.text(
             *(-_NODE_WIDTH / 2, above + title * 0.3),
-            _TITLES[cell],
+            TITLES[cell],
             fontsize=14,
             fontweight="bold",
-            color=_INK,
+            color=INK,
         )
         axes.text(
             *(_STEP * NUM_NODES + _NODE_WIDTH / 2, above + title * 0.3),
@@ -132,59 +130,16 @@ def cells_figure(genotype: Genotype) -> Figure:
         ncols=len(handles),
         frameon=False,
         fontsize=10,
-        labelcolor=_INK,
+        labelcolor=INK,
     )
     return figure
 
 
-def draw_accuracies(
-    history_lines: Iterable[Mapping[str, Any]], directory: str | os.PathLike[str]
-) -> list[pathlib.Path]:
-    """Draw A_C and A_P over the sampled epochs of a search, with the stages' boundaries.
-
-    Args:
-        history_lines: the lines of history.jsonl as objects, of a finished search or not.
-        directory: where `accuracies.png` and `accuracies.svg` are written.
-
-    Returns:
-        The two paths.
-
-    Raises:
-        UserError: if a line is damaged or there is no sampled epoch.
-    """
-    samples = []
-    for number, line in enumerate(history_lines, start=1):
-        try:
-            event = parse_line(line)
-        except ValueError as error:
-            raise UserError(f"history.jsonl, line {number}: {error}") from error
-        if isinstance(event, SampleEvent | EpochEvent):
-            samples.append(event)
-    if not samples:
-        raise UserError("history.jsonl has no sampled epoch; it must have at least one")
-    figure = Figure(figsize=(10, 4.2), facecolor="white", layout="constrained")
-    axes = figure.add_subplot()
-    epochs = range(1, len(samples) + 1)
-    for values, colour, name in (
-        ([event.parent_accuracy for event in samples], PARENT_COLOUR, "parent (float), $A_P$"),
-        ([event.child_accuracy for event in samples], CHILD_COLOUR, "child (1-bit), $A_C$"),
-    ):
-        known = [100 * value for value in values if value is not None]
-        if not known:
-            continue
-        marker = "o" if len(samples) <= 150 else ""
-        axes.plot(epochs, known, color=colour, lw=1.6, marker=marker, ms=3, label=name)
-    stages = [event.stage for event in samples if isinstance(event, SampleEvent)]
-    if stages:
-        _mark_stages(axes, stages)
-    axes.set_xlim(0.5, len(samples) + 0.5)
-    axes.set_xlabel("sampled epoch" if isinstance(samples[0], SampleEvent) else "epoch")
-    axes.set_ylabel("validation accuracy, %")
-    axes.grid(axis="y", color="#E6E6E6", lw=0.8)
+def plain_axes(axes: Axes, axis: Literal["x", "y", "both"] = "y") -> None:
+    """Leave of the frame what carries the scales, and put a pale grid behind the data."""
+    axes.grid(axis=axis, color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    return save_figure(figure, directory, "accuracies")
 
 
 def cell_tables(genotype: Genotype) -> str:
@@ -195,7 +150,7 @@ def cell_tables(genotype: Genotype) -> str:
     """
     lines = [f"edge policy: {genotype.edge_policy}"]
     for cell, edges in genotype.cells():
-        lines += ["", f"{_TITLES[cell].lower()}:"]
+        lines += ["", f"{TITLES[cell].lower()}:"]
         for target in range(NUM_INPUTS, NUM_NODES):
             incoming = [edge for edge in edges if edge.target == target]
             parts = [f"{edge.operation}({_table_name(edge.source)})" for edge in incoming]
@@ -325,30 +280,13 @@ def _draw_node(axes: Axes, x: float, name: str, *, is_inner: bool) -> None:
         height,
         boxstyle="round,pad=0,rounding_size=0.1",
         fc="#EAF2F8" if is_inner else "#F3F3F3",
-        ec=_INK,
+        ec=INK,
         lw=1.1,
         zorder=3,
     )
     axes.add_patch(box)
     text = f"${name}$" if "_" in name else name
-    axes.text(x, 0, text, ha="center", va="center", fontsize=12, color=_INK, zorder=5)
-
-
-def _mark_stages(axes: Axes, stages: list[int]) -> None:
-    """Draw a line between stages and name each by its K."""
-    starts = [n for n, stage in enumerate(stages) if n == 0 or stages[n - 1] != stage]
-    for start, end in zip(starts, [*starts[1:], len(stages)], strict=True):
-        if start:
-            axes.axvline(start + 0.5, color="#BBBBBB", lw=0.9, ls=(0, (4, 3)), zorder=0)
-        axes.text(
-            *((start + end + 1) / 2, 1.01),
-            f"K = {stages[start]}",
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            fontsize=9,
-            color="#777777",
-        )
+    axes.text(x, 0, text, ha="center", va="center", fontsize=12, color=INK, zorder=5)
 
 
 @contextlib.contextmanager
@@ -357,14 +295,25 @@ def _svg_options() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, directory: str | os.PathLike[str], name: str) -> list[pathlib.Path]:
+def save_figure(
+    figure: Figure,
+    directory: str | os.PathLike[str],
+    name: str,
+    extensions: Sequence[str] = ("png", "svg"),
+) -> list[pathlib.Path]:
     """Write a figure as PNG and SVG; the bytes of the SVG depend on the figure only."""
     paths = []
-    for extension, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
-        buffer = io.BytesIO()
-        with _svg_options():
-            figure.savefig(buffer, format=extension, **options)
+    for extension in extensions:
         path = epath.Path(directory) / f"{name}.{extension}"
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, figure_bytes(figure, extension))
         paths.append(path)
     return paths
+
+
+def figure_bytes(figure: Figure, extension: str) -> bytes:
+    """Return the content of a figure's file."""
+    options: dict[str, Any] = {"png": {"dpi": 160}, "svg": {"metadata": {"Date": None}}}[extension]
+    buffer = io.BytesIO()
+    with _svg_options():
+        figure.savefig(buffer, format=extension, **options)
+    return buffer.getvalue()

@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from cpnas_jax import evaluate as evaluation
+from cpnas_jax import predictions
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.data.datasets import describe
 from cpnas_jax.data.undecodable import tell_skipped
@@ -142,7 +143,7 @@ def evaluate_network(
     *,
     binary: bool,
 ) -> None:
-    """Count a trained network's answers; write `evaluation.json` beside its checkpoints.
+    """Count a trained network's answers; write them into files beside its checkpoints.
 
     Raises:
         UserError: the workdir holds no training of this config, or the checkpoint that is asked
@@ -184,6 +185,8 @@ def evaluate_network(
         "undecodable": len(skipped[config.evaluate.split]),
         **counted.to_dict(),
     }
+    # First: evaluation.json says that all of it is done.
+    directory.write(f"{name}/{predictions.NAME}", predictions.encoded(counted, feed))
     directory.write_json(f"{name}/evaluation.json", value)
     steps = f" and {position['step']} steps" if position["step"] else ""
     reporter.say(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from cpnas_jax import figures
+from cpnas_jax import figures, search_figures
 from cpnas_jax.architecture.collapse import limit_skips
 from cpnas_jax.architecture.edge_policy import Derivation, derive
 from cpnas_jax.architecture.events import EPOCHS
@@ -89,7 +89,7 @@ def finish(
 def _draw(genotype: Genotype, lines: list[dict[str, Any]], path: Any) -> list[pathlib.Path]:
     drawings = figures.draw_cells(genotype, path)
     if any(line["event"] in EPOCHS for line in lines):
-        drawings += figures.draw_accuracies(lines, path)
+        drawings += search_figures.draw_accuracies(lines, path)
     return drawings
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Generator
 from typing import Any
@@ -190,7 +189,8 @@ class StreamFeed(Feed):
 
     def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
         """Count the answers over the test split, batch by batch."""
-        num_batches = -(-self.facts.num_test // batch_size)
+        num = self.facts.num_test
+        num_batches = -(-num // batch_size)
         blank = self._blank(batch_size)
         batches = self._streams[1].evaluation_batches(
             batch_size=batch_size,
@@ -210,4 +210,14 @@ class StreamFeed(Feed):
                 examples = Examples(images, labels, *self._statistics)
                 counts.append(to_host(program(variables, examples, mask, passes)))
         processes.share_error(failed)
-        return functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), counts)
+        found = {}
+        for name in counts[0]:
+            parts = [batch[name] for batch in counts]
+            one_each = name in evaluate.OF_EXAMPLES
+            found[name] = np.concatenate(parts)[:num] if one_each else sum(parts[1:], parts[0])
+        return found
+
+    def test_images(self, rows: np.ndarray) -> np.ndarray:
+        """Read and decode some test examples again."""
+        central = self._config.dataset.central_crop
+        return processes.from_first(lambda: self._streams[1].central_views(rows, central))

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from cpnas_jax import config as configs
-from cpnas_jax import figures
+from cpnas_jax import figures, search_figures
 from cpnas_jax import search as search_module
 from cpnas_jax.architecture.parsing import parse_history
 from cpnas_jax.data.datasets import Split
@@ -36,8 +36,8 @@ def replace_data(patch):
         "greys",
     )
     patch.setattr(search_module, "load_split", lambda *_: split)
-    for name in ("draw_cells", "draw_accuracies"):
-        patch.setattr(figures, name, lambda *_: [])
+    patch.setattr(figures, "draw_cells", lambda *_: [])
+    patch.setattr(search_figures, "draw_accuracies", lambda *_: [])
 
 
 class Oracle:

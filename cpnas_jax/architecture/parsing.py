@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,27 @@ def parse_line(line: Mapping[str, Any]) -> Event:
             child_accuracy=_number_or_none(line, "child_accuracy", 0, 1),
         )
     raise ValueError(f"event is {shown(event)}; it must be one of {', '.join(EVENTS)}")
+
+
+def parse_events(
+    lines: Iterable[Mapping[str, Any]], name: str = "history.jsonl"
+) -> tuple[Event, ...]:
+    """Read the lines of a log.
+
+    Args:
+        lines: as objects, of a finished search or not.
+        name: what an error calls the log.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(parse_line(line))
+        except ValueError as error:
+            raise UserError(f"{name}, line {number}: {error}") from error
+    return tuple(events)
 
 
 def parse_history(text: str, name: str = "history.jsonl") -> Iterator[dict[str, Any]]:

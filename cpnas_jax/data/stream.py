@@ -164,6 +164,23 @@ class Stream:
         source = _CentralParts(self.reader, local, self.num_examples, indices[:, own], central)
         return _with_mask(joined(source, workers, self.undecodable), mask[:, own])
 
+    def central_views(self, rows: np.ndarray, central: float = 0.875) -> np.ndarray:
+        """Give some examples as `evaluation_batches` does.
+
+        Args:
+            rows: int[n], positions in the split, n at least 1.
+            central: as in `evaluation_batches`.
+
+        Returns:
+            uint8[n, size, size, channels].
+
+        Raises:
+            UserError: a damaged or unlabelled example.
+        """
+        source = _CentralParts(self.reader, len(rows), self.num_examples, rows[None], central)
+        parts = counted(read_ahead(source, 0), self.undecodable)
+        return np.concatenate([images for images, _, _ in parts])
+
     def channel_statistics(self, examples: int = 2048) -> tuple[np.ndarray, np.ndarray]:
         """Estimate each channel's mean and standard deviation from evenly spaced examples.
 

@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -95,9 +97,15 @@ def device_memory() -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
+def command() -> str:
+    """Return the command line that started this process, as a shell takes it."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
+
+
 def record() -> dict[str, Any]:
-    """Return versions and devices, for `config.json`."""
+    """Return command, versions and devices, for `config.json`."""
     return {
+        "command": command(),
         "versions": {
             "cpnas_jax": __version__,
             "python": platform.python_version(),

@@ -144,7 +144,8 @@ class Workdir:
             resumed: whether the phase goes on, so that the record of its beginning stays.
 
         Returns:
-            What of the record is otherwise than when the phase was begun, in words.
+            What of the record is otherwise than when the phase was begun, in words; the command
+            may be another.
         """
         stored = self.read_json("config.json") or {"config": config}
         before = stored.get(phase) if resumed else None
@@ -153,7 +154,7 @@ class Workdir:
         return [
             f"{key} was {before[key]!r} and is {value!r}"
             for key, value in record.items()
-            if before and key in before and before[key] != value
+            if key != "command" and before and key in before and before[key] != value
         ]
 
     def refuse_other(self, deciding: dict[str, Any]) -> None:

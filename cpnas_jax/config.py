@@ -434,7 +434,7 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
         )
     searched = ("search.batch_size", "search.score_batch_size")
     trained = ("train.batch_size", "evaluate.batch_size")
-    used = {"search": searched, "train": trained, "evaluate": trained, "summary": ()}
+    used = {"search": searched, "train": trained, "evaluate": trained, "summary": (), "report": ()}
     shards = config.runtime.deterministic
     for key in used.get(config.mode, searched + trained):
         section, name = key.split(".")

@@ -17,7 +17,7 @@ from cpnas_jax.models.network import STEMS
 from cpnas_jax.models.space import MODELS, OPERATIONS
 from cpnas_jax.runtime.errors import UserError
 
-MODES = ("pipeline", "search", "train", "evaluate", "summary", "compare")
+MODES = ("pipeline", "search", "train", "evaluate", "summary", "compare", "report")
 OPTIMIZERS = ("sgd", "adam")
 GRADIENT_STRATEGIES = ("darts", "pc_darts", "cp_gradient")
 """In these alpha has a gradient; see `bilevel_step`."""

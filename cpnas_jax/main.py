@@ -3,8 +3,8 @@
 python -m cpnas_jax.main --config=FILE[:WORD,...] --workdir=DIR [--config.KEY=VALUE ...]
 
   --config      a file of configs/ and, in any order, what to run (pipeline, search, train,
-                evaluate, summary, compare), the final network's size (small, medium, large), plus
-                (what helps 1-bit networks to train), smoke (shrinks all to a minute)
+                evaluate, summary, compare, report), the final network's size (small, medium,
+                large), plus (what helps 1-bit networks to train), smoke (shrinks all to a minute)
   --workdir     directory of the run; the same command resumes a run that was stopped or killed
   --config.KEY  any other value of a key, such as --config.search.rounds=1; see cpnas_jax/config.py
 
@@ -35,6 +35,7 @@ from cpnas_jax import config as configs
 from cpnas_jax.compare import compare
 from cpnas_jax.modes import evaluate_mode, summary_mode
 from cpnas_jax.pipeline import pipeline
+from cpnas_jax.report.page import refresh, report_mode
 from cpnas_jax.runtime import environment, interruptions, processes, stall
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.ending import exit_status
@@ -49,7 +50,10 @@ _MODES: dict[str, Callable[[config_dict.ConfigDict, str, Reporter], object]] = {
     "summary": summary_mode,
     "pipeline": pipeline,
     "compare": compare,
+    "report": report_mode,
 }
+_REPORTED = ("search", "train", "evaluate", "summary", "pipeline")
+"""Modes at whose end the workdir's report is made again."""
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file and mode, such as configs/mnist5k.py:search.", lock_config=True
@@ -117,6 +121,8 @@ def _run_watched(config: config_dict.ConfigDict, workdir: str, devices: int) -> 
         environment.cache_compiled_programs()
     with Reporter(quiet=not processes.is_first()) as reporter:
         _MODES[config.mode](config, workdir, reporter)
+        if config.mode in _REPORTED:
+            refresh(workdir, reporter)
 
 
 def main(argv: Sequence[str] = sys.argv) -> int:

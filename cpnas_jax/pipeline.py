@@ -10,6 +10,7 @@ from cpnas_jax.feed import Feed
 from cpnas_jax.feeds import open_feed
 from cpnas_jax.models.summary import totals_text
 from cpnas_jax.modes import evaluate_network, evaluated, write_summary
+from cpnas_jax.report.page import refresh
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.workdir import Workdir
 from cpnas_jax.search import search_in
@@ -33,6 +34,7 @@ def pipeline(
     with Workdir(workdir) as directory:
         refuse_other(config, directory)
         genotype = search_in(config, directory, reporter)
+        refresh(directory.path, reporter)
         _train_both(config, directory, reporter, genotype)
         costs = write_summary(config, directory, genotype, binary=True)
         reporter.say(totals_text(costs))
@@ -74,3 +76,4 @@ def _train_both(
             if not done:
                 train_network(config, directory, reporter, genotype, feed, binary=binary)
             evaluate_network(config, directory, reporter, genotype, feed, binary=binary)
+            refresh(directory.path, reporter)

@@ -95,12 +95,13 @@ def replayed(
         UserError: at the first inconsistent line.
     """
     rule = gradient_rule(config) if has_gradient(config) else sampled_strategy(config)
-    return _replayed(rule, lines, name)
+    return replayed_by(rule, lines, name)
 
 
-def _replayed(
+def replayed_by(
     rule: GradientRule | Strategy, lines: Iterable[Mapping[str, Any]], name: str
 ) -> ReplayResult:
+    """Check a log by what decided in the search; as `replayed` does."""
     if isinstance(rule, GradientRule):
         return replay_gradient(lines, rule, name)
     return replay(lines, rule, name)
@@ -120,17 +121,31 @@ def check_search(workdir: str | os.PathLike[str]) -> ReplayResult:
             raise UserError(f"there is no {path / name}; give the --workdir of a search")
         found[name] = (path / name).read_text()
     try:
-        keys = json.loads(found["config.json"])["config"]
+        rule = stored_rule(json.loads(found["config.json"])["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path / 'config.json'} is damaged or of another version ({error}); restore it"
+        ) from error
+    name = os.fspath(path / "search/history.jsonl")
+    return replayed_by(rule, parse_history(found["search/history.jsonl"], name), name)
+
+
+def stored_rule(keys: Mapping[str, Any]) -> GradientRule | Strategy:
+    """Return what decides in the search of a stored config.
+
+    Args:
+        keys: all of them, dotted, as `config.json` has them.
+
+    Raises:
+        ValueError: they are of another version, or damaged.
+    """
+    try:
         section = {
             key.removeprefix("search."): value
             for key, value in keys.items()
             if key.startswith("search.")
         }
         config = config_dict.ConfigDict({"seed": keys["seed"], "search": section})
-        rule = gradient_rule(config) if has_gradient(config) else sampled_strategy(config)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(
-            f"{path / 'config.json'} is damaged or of another version ({error}); restore it"
-        ) from error
-    name = os.fspath(path / "search/history.jsonl")
-    return _replayed(rule, parse_history(found["search/history.jsonl"], name), name)
+        return gradient_rule(config) if has_gradient(config) else sampled_strategy(config)
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(str(error)) from error

@@ -14,7 +14,7 @@ from cpnas_jax.architecture.events import (
     StageEvent,
 )
 from cpnas_jax.architecture.indicator import indicator
-from cpnas_jax.architecture.sampling import LAST_STAGE, all_survivors
+from cpnas_jax.architecture.sampling import all_survivors
 from cpnas_jax.models.space import NUM_OPERATIONS
 
 
@@ -119,8 +119,3 @@ def dropped_in(frames: Sequence[Frame]) -> np.ndarray:
     for number, frame in enumerate(frames):
         found[frame.dropped] = number
     return found
-
-
-def is_over(frames: Sequence[Frame]) -> bool:
-    """Tell whether one operation is left on every edge."""
-    return bool(frames) and int(frames[-1].left.sum(axis=-1).max()) < LAST_STAGE

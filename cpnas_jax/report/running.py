@@ -1,0 +1,159 @@
+"""What was run, how far it is, what it cost, and the commands, for a report."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cpnas_jax.architecture.events import EpochEvent, SampleEvent
+from cpnas_jax.config import base_config, flatten
+from cpnas_jax.report.contents import Contents, Training, number, section
+from cpnas_jax.runtime.console import duration
+from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.strategies import replayed_by, stored_rule
+
+PHASES = {
+    "search": "Search",
+    "train": "Training of the 1-bit child",
+    "parent": "Training of the float parent",
+}
+
+
+def differing_keys(keys: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return key -> (default, value here) of all keys that are not as in `config.py`."""
+    defaults = flatten(base_config())
+    return {
+        key: (defaults.get(key, "-"), value)
+        for key, value in keys.items()
+        if key not in defaults or defaults[key] != value
+    }
+
+
+def search_state(contents: Contents) -> dict[str, Any] | None:
+    """Return how far the search is, and whether its log is consistent; None where there is none."""
+    epochs = [e for e in contents.events if isinstance(e, SampleEvent | EpochEvent)]
+    finished = "search" in contents.results
+    if not contents.events and not finished:
+        return None
+    state: dict[str, Any] = {
+        "strategy": contents.keys.get("search.strategy", "cp"),
+        "epochs": len(epochs),
+        "total": None,
+        "finished": finished,
+        "fault": None,
+        "seconds": sum(getattr(event, "seconds", 0.0) for event in contents.events),
+        "last": epochs[-1] if epochs else None,
+        "sampled": "sampled " if epochs and isinstance(epochs[-1], SampleEvent) else "",
+        "scored": sum(
+            len(line["child_accuracy"]) for line in contents.history if line["event"] == "scores"
+        ),
+        "restored": _texts(contents, "restored"),
+        "limited": _texts(contents, "limited"),
+    }
+    try:
+        rule = stored_rule(contents.keys)
+    except ValueError:
+        state["fault"] = "its config is of another version, so it is not checked"
+        return state
+    state["total"] = getattr(rule, "total", None) or getattr(rule, "epochs", None)
+    try:
+        replayed_by(rule, contents.history, "history.jsonl")
+    except UserError as error:
+        state["fault"] = str(error)
+    return state
+
+
+def _texts(contents: Contents, key: str) -> list[str]:
+    found = contents.results.get("search", {}).get(key, [])
+    return [str(text) for text in found] if isinstance(found, list) else []
+
+
+def training_state(contents: Contents, training: Training) -> dict[str, Any]:
+    """Return how far a training is and what it reached so far."""
+    last = training.lines[-1] if training.lines else {}
+    evaluated = [line for line in training.lines if "test_accuracy" in line]
+    total = contents.keys.get("train.epochs")
+    test = section(training.results, "test", contents.path / "results.json")
+    found = training.evaluation or {}
+    return {
+        "name": training.name,
+        "title": "1-bit child" if training.name == "train" else "float parent",
+        "epochs": int(last.get("epoch", training.results.get("epochs", 0))),
+        "total": total,
+        "finished": bool(training.results),
+        "accuracy": test.get("top1", found.get("top1")),
+        "so_far": evaluated[-1]["test_accuracy"] if evaluated else None,
+        "split": training.results.get("split", found.get("split", "test")),
+        "best": training.results.get("best_test_accuracy"),
+        "best_epoch": training.results.get("best_epoch"),
+        "lines": training.lines,
+    }
+
+
+def costs(contents: Contents, searched: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return a row for each phase: its time without compiling, its epochs, its rate."""
+    rows = []
+    if searched is not None:
+        flops = contents.results.get("search", {}).get("flops")
+        rows.append(
+            {
+                "phase": PHASES["search"],
+                "finished": searched["finished"],
+                "epochs": searched["epochs"],
+                "time": duration(searched["seconds"]),
+                "rate": None,
+                "flops": flops if isinstance(flops, int | float) else None,
+            }
+        )
+    for training in contents.trainings:
+        seconds = sum(line["seconds"] for line in training.lines)
+        if not seconds and training.results:
+            seconds = number(training.results, "seconds", "results.json")
+        rates = [line["images_per_second"] for line in training.lines]
+        rows.append(
+            {
+                "phase": PHASES[training.name],
+                "finished": bool(training.results),
+                "epochs": len(training.lines),
+                "time": duration(seconds),
+                "rate": sum(rates) / len(rates) if rates else None,
+                "flops": None,
+            }
+        )
+    return rows
+
+
+def commands(contents: Contents) -> dict[str, Any]:
+    """Return the command lines that made the run, and those that look at it.
+
+    A run of an older version has not noted its command; it is put together from the config then.
+    """
+    noted = [record.get("command") for record in contents.records.values()]
+    made = list(dict.fromkeys(command for command in noted if isinstance(command, str)))
+    if not made:
+        # That file changes none of the defaults, from which the keys below differ.
+        config = f"configs/cifar10.py:{contents.keys.get('mode', 'search')}"
+        made = [_command(contents, config, differing_keys(contents.keys))]
+    return {
+        "made": made,
+        "noted": any(isinstance(command, str) for command in noted),
+        "report": _command(contents, f"configs/{_config_file(contents.keys)}.py:report", {}),
+        "check": "python -c "
+        + shlex.quote(
+            "from cpnas_jax.strategies import check_search; "
+            f"print(check_search({str(contents.path)!r}).finished)"
+        ),
+    }
+
+
+def _config_file(keys: Mapping[str, Any]) -> str:
+    name = str(keys.get("dataset.name", "cifar10"))
+    return name if name in ("mnist5k", "cifar100") else "cifar10"
+
+
+def _command(contents: Contents, config: str, changed: Mapping[str, Sequence[Any]]) -> str:
+    flags = [f"--config={config}", f"--workdir={contents.path}"]
+    for key, (_, value) in changed.items():
+        if key not in ("mode",):
+            written = tuple(value) if isinstance(value, list) else value
+            flags.append(f"--config.{key}={written}")
+    return "python -m cpnas_jax.main " + shlex.join(flags)

@@ -10,12 +10,15 @@ from ml_collections import config_dict
 
 from cpnas_jax import figures, search_figures
 from cpnas_jax.architecture.collapse import limit_skips
+from cpnas_jax.architecture.dot import to_dot
 from cpnas_jax.architecture.edge_policy import Derivation, derive
 from cpnas_jax.architecture.events import EPOCHS
 from cpnas_jax.architecture.genotype import Genotype, indicator_pairs
+from cpnas_jax.architecture.notation import to_darts
 from cpnas_jax.architecture.replay import ReplayResult
 from cpnas_jax.config import config_hash
 from cpnas_jax.runtime import processes
+from cpnas_jax.runtime.atomic import write_atomically
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.workdir import History, Workdir
 
@@ -88,6 +91,9 @@ def finish(
 
 def _draw(genotype: Genotype, lines: list[dict[str, Any]], path: Any) -> list[pathlib.Path]:
     drawings = figures.draw_cells(genotype, path)
+    for name, text in (("cells.dot", to_dot(genotype)), ("genotype.darts", to_darts(genotype))):
+        write_atomically(path / name, f"{text.rstrip()}\n".encode())
+        drawings.append(path / name)
     if any(line["event"] in EPOCHS for line in lines):
         drawings += search_figures.draw_accuracies(lines, path)
     return drawings

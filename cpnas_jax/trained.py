@@ -8,6 +8,7 @@ from ml_collections import config_dict
 
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.named import NAMES, named_genotype
+from cpnas_jax.architecture.notation import load_genotype
 from cpnas_jax.config import deciding_keys, keys_hash
 from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.checkpoints import holds_checkpoints
@@ -47,7 +48,7 @@ def _resolved(config: config_dict.ConfigDict, workdir: str | os.PathLike[str]) -
             "config.genotype is empty; give a genotype file, the --workdir of a search (there is "
             f"no {own}), or one of {', '.join(NAMES)}"
         )
-    return Genotype.load(name or own)
+    return load_genotype(name or own)
 
 
 def begun(directory: Workdir) -> bool:

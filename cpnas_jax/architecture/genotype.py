@@ -176,15 +176,23 @@ class Genotype:
         Raises:
             UserError: if it cannot be read or is damaged.
         """
-        name = os.fspath(path)
-        try:
-            text = user_path("genotype", path).read_bytes().decode()
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise UserError(f"{name}: cannot be read ({reason}); give a genotype file") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name}: not UTF-8 text; give a genotype file") from error
-        return cls.from_json(text, name)
+        return cls.from_json(read_text(path), os.fspath(path))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a genotype file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    name = os.fspath(path)
+    try:
+        return user_path("genotype", path).read_bytes().decode()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{name}: cannot be read ({reason}); give a genotype file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text; give a genotype file") from error
 
 
 def from_architecture(architecture: np.ndarray) -> Genotype:

@@ -7,11 +7,12 @@ one from every earlier node (14 a cell, policy `all`). The number is the source 
 """
 
 import ast
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from cpnas_jax.architecture.genotype import Edge, EdgePolicy, Genotype
+from cpnas_jax.architecture.genotype import Edge, EdgePolicy, Genotype, read_text
 from cpnas_jax.models.space import EDGES, NUM_INPUTS, NUM_NODES
 from cpnas_jax.runtime.errors import UserError
 
@@ -76,6 +77,17 @@ def from_darts(text: str, name: str = "DARTS notation") -> Genotype:
         return Genotype(normal=normal, reduce=reduce, edge_policy=_POLICIES[len(normal)])
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def load_genotype(path: str | os.PathLike[str]) -> Genotype:
+    """Read a genotype file, whether it has our JSON or DARTS' notation.
+
+    Raises:
+        UserError: it cannot be read or is damaged.
+    """
+    text, name = read_text(path), os.fspath(path)
+    is_json = text.lstrip()[:1] in ("{", "[", "")
+    return Genotype.from_json(text, name) if is_json else from_darts(text, name)
 
 
 def _parse(text: str) -> ast.expr:

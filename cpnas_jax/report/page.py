@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from ml_collections import config_dict
 
 from cpnas_jax import search_figures
+from cpnas_jax.architecture.dot import to_dot
 from cpnas_jax.architecture.notation import to_darts
 from cpnas_jax.config_rules import GRADIENT_STRATEGIES
 from cpnas_jax.figures import SHORT_NAMES, TITLES, cells_figure, figure_bytes, kind
@@ -178,6 +179,7 @@ def _cells(contents: Contents) -> dict[str, Any] | None:
         return None
     return {
         "darts": to_darts(genotype),
+        "dot": to_dot(genotype),
         "policy": genotype.edge_policy,
         "counts": genotype.operation_counts(),
         "titles": {cell: TITLES[cell] for cell in CELL_TYPES},

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from test_genotype import example, genotypes
 
-from cpnas_jax.architecture.notation import from_darts, to_darts
+from cpnas_jax.architecture.named import named_genotype
+from cpnas_jax.architecture.notation import from_darts, load_genotype, to_darts
 from cpnas_jax.runtime.errors import UserError
 
 TEXT = to_darts(example("top2"))
@@ -62,3 +63,31 @@ def test_damage_is_told_in_one_line(text, message):
         from_darts(text, "--config.genotype")
     assert str(error.value).startswith("--config.genotype: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["json", "darts", "assigned"])
+def test_a_file_may_have_either_notation(form, tmp_path):
+    genotype = named_genotype("DARTS_V2")
+    text = {
+        "json": genotype.to_json(),
+        "darts": to_darts(genotype) + "\n",
+        "assigned": f"DARTS_V2 = {to_darts(genotype)}",
+    }[form]
+    (tmp_path / "cells").write_text(text)
+    assert load_genotype(tmp_path / "cells") == genotype
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[1]", "it must be 'cpnas_jax.genotype'"),
+        ("Genotype(normal=[])", "Genotype has the fields normal"),
+        ("cells", "it must be Genotype"),
+    ],
+)
+def test_a_file_of_neither_notation_is_named(text, message, tmp_path):
+    (tmp_path / "cells").write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path}/cells: .*{message}"):
+        load_genotype(tmp_path / "cells")

@@ -312,7 +312,7 @@ def save_figure(
 
 def figure_bytes(figure: Figure, extension: str) -> bytes:
     """Return the content of a figure's file."""
-    options: dict[str, Any] = {"png": {"dpi": 160}, "svg": {"metadata": {"Date": None}}}[extension]
+    options: dict[str, Any] = {"metadata": {"Date": None}} if extension == "svg" else {"dpi": 160}
     buffer = io.BytesIO()
     with _svg_options():
         figure.savefig(buffer, format=extension, **options)

@@ -140,7 +140,7 @@ def film_figure(frames: Sequence[Frame]) -> Figure:
     # One pair of axes for all: a pair for each would take most of a report's time.
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-5, width - 5), ylim=(height - 3, -3))
     axes.set_axis_off()
-    text = {"fontsize": 6.5, "color": INK}
+    text: dict[str, Any] = {"fontsize": 6.5, "color": INK}
     corners, colours, crosses = [], [], []
     for row, cell in enumerate(CELL_TYPES):
         top = row * down

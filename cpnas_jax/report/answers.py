@@ -47,7 +47,7 @@ def _wrong(confusion: np.ndarray) -> np.ndarray:
 def _classes(names: list[str], confusion: np.ndarray) -> list[dict[str, Any]]:
     """Return the classes that have examples, the worst first, at most `MOST_CLASSES`."""
     totals, wrong = confusion.sum(axis=1), _wrong(confusion)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
             "share": float(confusion[n, n] / totals[n]),

@@ -166,7 +166,7 @@ def number(data: Mapping[str, Any], key: str, where: str) -> float:
     Raises:
         UserError: it is something else.
     """
-    value = data.get(key)
+    value: Any = data.get(key)
     if type(value) not in (int, float) or not math.isfinite(value):
         raise UserError(f"{where}: {key} is {shown(value)}; it must be a finite number")
     return value
@@ -202,11 +202,12 @@ def _evaluation(path: epath.Path) -> dict[str, Any] | None:
     names, confusion = found.get("class_names"), found.get("confusion")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: class_names is {shown(names)}; it must be a list of names")
-    square = isinstance(confusion, list) and len(confusion) == len(names)
-    for row in confusion if square else ():
-        square &= isinstance(row, list) and len(row) == len(names)
-        square = square and all(type(count) is int and count >= 0 for count in row)
-    if not square:
+    if not isinstance(confusion, list) or not all(
+        isinstance(row, list)
+        and len(row) == len(confusion) == len(names)
+        and all(type(count) is int and count >= 0 for count in row)
+        for row in confusion
+    ):
         raise UserError(
             f"{path}: confusion is {shown(confusion)}; it must be {len(names)} rows of "
             f"{len(names)} counts"

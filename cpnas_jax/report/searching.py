@@ -61,7 +61,7 @@ def cells_of(frames: Sequence[Frame], genotype: Genotype | None) -> list[dict[st
                         for frame, shade in zip(shown, shades, strict=True)
                     ],
                 }
-                for k in operations
+                for k in operations.tolist()
             ]
             edges.append(
                 {

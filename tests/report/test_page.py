@@ -157,6 +157,7 @@ def test_searches_of_sampled_paths(tmp_path, strategy, part):
     check_self_contained(found)
     assert ("not finished" in found.text) != finished
     assert "could not be confirmed" not in found.text
+    assert ("was computed again from the log" in found.text) == (strategy != "cp_plus")
     assert ("accuracies.svg" in found.values("href")) == (strategy != "random")
     sampled = sum(line["event"] == "sample" for line in kept)
     if sampled:

@@ -12,6 +12,8 @@ from ml_collections import config_dict
 
 from cpnas_jax.config import apply_argument, base_config
 
+MODES = ("train", "evaluate", "summary", "report")
+
 
 def get_config(argument: str | None = None) -> config_dict.ConfigDict:
     """Return the config of `mode,size,plus,smoke`, see `config.apply_argument`."""
@@ -42,5 +44,5 @@ def get_config(argument: str | None = None) -> config_dict.ConfigDict:
     # Evaluating needs no gradient, so larger batches fit [ours].
     config.evaluate.update(split="validation", batch_size=512)
     config.runtime.checkpoint_every = 500  # an epoch is long: 2,502 steps [ours]
-    apply_argument(config, argument, default_mode="train", modes=("train", "evaluate", "summary"))
+    apply_argument(config, argument, default_mode="train", modes=MODES)
     return config

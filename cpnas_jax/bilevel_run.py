@@ -135,11 +135,14 @@ class BilevelRun(SearchRun):
         losses = ", ".join(f"{model} {loss:.2f}" for model, loss in sums.mean_losses().items())
         scores = ", ".join(f"{model} {value:.3f}" for model, value in accuracies.items())
         images = sums.steps * self.config.search.batch_size / seconds
+        left = int(self._survivors.sum())
+        self.tell_board(images_per_second=images)
         self.reporter.advance(
             self._epoch,
             f"epoch {self._epoch}/{self.total}: accuracy {scores}, loss {losses}, "
             + (f"alpha's objective {objective:.3f}, " if moving else "alpha waits, ")
-            + f"{images:.0f} images/s, {duration(seconds * (self.total - self._epoch))} left",
+            + f"{left} operations left, {images:.0f} images/s, "
+            f"{duration(seconds * (self.total - self._epoch))} left",
         )
         if is_first:
             self.tell_start(seconds)
@@ -147,5 +150,6 @@ class BilevelRun(SearchRun):
             decision = self.rule.decide(alpha, self._survivors)
             self._survivors = decision.survivors
             self.tell_decision(decision.line)
+            self.tell_board()
             self.warn_of_collapse()
         self.save()

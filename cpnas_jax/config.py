@@ -17,6 +17,7 @@ from ml_collections import config_dict
 from cpnas_jax.architecture.sampling import num_paths, num_sampled_epochs
 from cpnas_jax.config_rules import MODES, RULES, check_gradient_strategy
 from cpnas_jax.models.space import MODELS, OPERATIONS
+from cpnas_jax.runtime.board import require_package
 from cpnas_jax.runtime.errors import UserError
 
 PLUS = ("residual", "prelu", "first_norm")
@@ -172,6 +173,7 @@ def base_config() -> config_dict.ConfigDict:
     # devices that divides V; a shard has its own BN statistics. 0: as fast as it goes.
     runtime.deterministic = 0
     runtime.stall_seconds = 600.0  # without a step, until it is told what is waited for; 0: never
+    runtime.tensorboard = False  # event files in <workdir>/tb; needs the extra `tensorboard`
     runtime.compilation_cache = True  # keep compiled programs in ~/.cache/cpnas_jax between runs
     return config.lock()
 
@@ -303,6 +305,7 @@ _INDIFFERENT = (
     "search.collapse_share",
     "evaluate.checkpoint",
     "evaluate.batch_size",
+    "runtime.tensorboard",
     "runtime.compilation_cache",
 )
 
@@ -372,9 +375,11 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
         num_devices: over all processes; they share each batch.
 
     Raises:
-        UserError: the first bad key, its value and what would be right.
+        UserError: the first bad key, its value and what would be right; a missing extra.
     """
     check_values(config)
+    if config.runtime.tensorboard:
+        require_package()
     if config.genotype and config.mode in ("search", "pipeline", "compare"):
         raise UserError(
             f"config.genotype is {config.genotype!r}; with the mode {config.mode}, which searches "

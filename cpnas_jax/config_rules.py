@@ -207,6 +207,7 @@ RULES = {
     "runtime.synchronise_statistics": _boolean(),
     # Every shard's gradient is held by every device.
     "runtime.deterministic": _integer(0, 1024),
+    "runtime.tensorboard": _boolean(),
     "runtime.compilation_cache": _boolean(),
 }
 

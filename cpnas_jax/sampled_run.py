@@ -216,11 +216,16 @@ class SampledRun(SearchRun):
         images = len(models) * self.networks.steps_per_epoch * self.config.search.batch_size
         losses = " / ".join(f"{underway.sums[model].mean_loss:.2f}" for model in models)
         parent = "" if PARENT not in models else f" A_P {line['parent_accuracy']:.3f}"
+        left = int(self.survivors.sum())
+        self.tell_board(
+            images_per_second=images / seconds,
+            losses={model: underway.sums[model].mean_loss for model in models},
+        )
         self.reporter.advance(
             self.epoch,
             f"epoch {self.epoch}/{self.total} stage {line['stage']} round {line['round']} "
             f"sample {line['sample']}: A_C {line['child_accuracy']:.3f}{parent} "
-            f"z {line['z']:.3f} loss {losses}, "
+            f"z {line['z']:.3f} loss {losses}, {left} operations left, "
             f"{images / seconds:.0f} images/s, {duration(seconds * (self.total - self.epoch))} "
             "left",
         )
@@ -270,6 +275,7 @@ class SampledRun(SearchRun):
         )
         self.tell_decision(decision.line)
         progress.survivors = decision.survivors
+        self.tell_board()
         self.warn_of_collapse()
         position.stage = int(decision.survivors.sum(axis=-1).max())
         position.scored_before += position.scored

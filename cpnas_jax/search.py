@@ -22,6 +22,7 @@ from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.workdir import History, Workdir
 from cpnas_jax.sampled_run import SampledRun
+from cpnas_jax.search_board import tell_cells
 from cpnas_jax.search_networks import Networks
 from cpnas_jax.search_results import finish
 from cpnas_jax.search_run import SearchRun
@@ -105,7 +106,7 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
             flops = run.networks.flops(run.epoch, run.num_scored())
     checked = replayed(config, run.history.lines, str(run.history.path))
     assert (checked.survivors == run.survivors).all()
-    return finish(
+    genotype = finish(
         config,
         directory,
         reporter,
@@ -115,6 +116,8 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         skipped=len(undecodable),
         flops=flops,
     )
+    tell_cells(directory.path, genotype, run.epoch, wanted=config.runtime.tensorboard)
+    return genotype
 
 
 def _without_training(

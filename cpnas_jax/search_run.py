@@ -5,6 +5,7 @@ operations at once or architectures drawn from alpha.
 """
 
 import abc
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -17,11 +18,13 @@ from cpnas_jax.data.undecodable import refuse_other
 from cpnas_jax.decision_text import decision_text
 from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.runtime import environment, stall
+from cpnas_jax.runtime.board import Board, board_directory
 from cpnas_jax.runtime.checkpoints import Checkpoints, Restored
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.interruptions import Stopped, noted
 from cpnas_jax.runtime.memory import describe
 from cpnas_jax.runtime.workdir import History, Workdir
+from cpnas_jax.search_board import tell_line
 
 
 class Steps(Protocol):
@@ -64,6 +67,7 @@ class SearchRun(abc.ABC):
         self.config, self.networks, self.directory = config, networks, directory
         self.checkpoints, self.reporter, self.undecodable = checkpoints, reporter, undecodable
         self.held: dict[int, str] = {}
+        self.board: Board
         self.history: History
         self.history_path = directory.path / "search" / "history.jsonl"
 
@@ -164,7 +168,10 @@ class SearchRun(abc.ABC):
         )
         first = self.epoch
         self.reporter.show(f"{self.epoch_name(first)}/{self.total}")
-        with noted():
+        path = board_directory(self.directory.path, "search")
+        wanted = self.config.runtime.tensorboard
+        self.board = Board(path, first + 1, wanted=wanted)
+        with noted(), contextlib.closing(self.board):
             while not self.is_over:
                 self.run_epoch(is_first=self.epoch == first)
 
@@ -221,6 +228,11 @@ class SearchRun(abc.ABC):
         """Put the end of a stage into the history, and say what it decided."""
         self.history.append(line)
         self.reporter.say(decision_text(line))
+
+    def tell_board(self, **values: Any) -> None:
+        """Show in TensorBoard the line that is the history's last, and what else is known."""
+        operations = self.config.search.operations
+        tell_line(self.board, self.epoch, self.history.lines, operations, self.survivors, **values)
 
     def warn_of_collapse(self) -> None:
         """Say when too much of what survives has no parameters."""

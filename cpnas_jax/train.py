@@ -16,6 +16,7 @@ from cpnas_jax.feed import Facts, Feed
 from cpnas_jax.feeds import open_feed
 from cpnas_jax.network_config import network_settings
 from cpnas_jax.runtime import environment, processes, stall
+from cpnas_jax.runtime.board import Board, board_directory
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.runtime.console import Reporter, duration
 from cpnas_jax.runtime.interruptions import Stopped, noted
@@ -130,6 +131,7 @@ class _Run:
         self.position, self.sums = Position(), EpochSums()
         self.best_accuracy, self.best_epoch = -1.0, 0
         self.history: History
+        self.board: Board
         self.held: dict[int, str] = {}
         self.evaluated: Evaluation | None = None
 
@@ -191,7 +193,10 @@ class _Run:
     def go_on(self) -> None:
         """Train to the last epoch, evaluating and saving on the way."""
         position, epochs = self.position, self.config.train.epochs
-        with noted():
+        path = board_directory(self.directory.path, self.name)
+        wanted = self.config.runtime.tensorboard
+        self.board = Board(path, position.epoch + 1, wanted=wanted)
+        with noted(), contextlib.closing(self.board):
             while position.epoch < epochs:
                 self._epoch()
         self.evaluated = self.evaluated or self.trainer.evaluate(epochs - 1)
@@ -249,6 +254,8 @@ class _Run:
             text += f" {config.evaluate.split} {self.evaluated.top1:.4f}"
         processes.require_agreement(f"epoch {done}", **self._agreed())
         self.history.append(line)
+        self.board.scalars(done, {key: line[key] for key in line if key not in ("event", "epoch")})
+        self.board.flush()
         position.epoch, position.step, self.sums = done, 0, EpochSums()
         left = seconds * (config.train.epochs - done)
         self.reporter.advance(

@@ -195,6 +195,7 @@ INDIFFERENT = {
     "runtime.keep_checkpoints",
     "runtime.checkpoint_every",
     "runtime.stall_seconds",
+    "runtime.tensorboard",
     "runtime.compilation_cache",
 }
 OF_SEARCH = {k for k in configs.RULED_KEYS if "search." in k}

@@ -7,19 +7,16 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from cpnas_jax.architecture.events import epoch_line, sample_line
 from cpnas_jax.architecture.genotype import from_architecture
 from cpnas_jax.architecture.named import NAMES, named_genotype
 from cpnas_jax.figures import (
     SHORT_NAMES,
     cell_tables,
     cells_figure,
-    draw_accuracies,
     draw_cells,
     kind,
 )
 from cpnas_jax.models.space import CELL_TYPES, OPERATIONS
-from cpnas_jax.runtime.errors import UserError
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -88,66 +85,6 @@ def test_bytes_are_the_same_from_any_thread(tmp_path):
         for path, first in zip(paths, drawn[0], strict=True):
             assert path.read_bytes() == first.read_bytes()
     assert "<dc:date>" not in drawn[0][1].read_text()
-
-
-def lines(epochs):
-    generator = np.random.default_rng(0)
-    stages = [stage for stage in range(8, 1, -1) for _ in range(stage)]
-    return [
-        sample_line(
-            stage=stage,
-            round_index=1,
-            sample=1,
-            architecture=np.zeros((2, 14), int),
-            child_accuracy=generator.uniform(),
-            parent_accuracy=generator.uniform(),
-            z=0.5,
-            seconds=1,
-        )
-        for stage in stages[:epochs]
-    ]
-
-
-@pytest.mark.parametrize("epochs", [1, 9, 35])
-def test_accuracies_are_drawn_with_their_stages(epochs, tmp_path):
-    png, svg = draw_accuracies(iter(lines(epochs)), tmp_path)
-    first = svg.read_bytes()
-    root = ElementTree.fromstring(first)
-    texts = {"".join(element.itertext()).strip() for element in root.iter(f"{SVG}text")}
-    stages = {line["stage"] for line in lines(epochs)}
-    assert {text for text in texts if text.startswith("K = ")} == {f"K = {k}" for k in stages}
-    draw_accuracies(lines(epochs), tmp_path)
-    assert svg.read_bytes() == first
-    assert png.name == "accuracies.png"
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.parametrize(
-    ("event", "missing", "label"),
-    [("sample", "parent", "sampled epoch"), ("epoch", "child", "epoch")],
-)
-def test_a_model_that_was_not_trained_is_not_drawn(tmp_path, event, missing, label):
-    drawn = lines(9)
-    if event == "epoch":
-        alpha = {cell: np.zeros((14, 8)) for cell in ("normal", "reduce")}
-        drawn = [
-            epoch_line(
-                epoch=n, accuracies={"parent": 0.5}, losses={}, objective=0, alpha=alpha, seconds=1
-            )
-            for n in range(1, 6)
-        ]
-    for line in drawn:
-        line[f"{missing}_accuracy"] = None
-    text = draw_accuracies(drawn, tmp_path)[1].read_text()
-    assert (f"{missing} (" in text, f">{label}<" in text) == (False, True)
-
-
-def test_a_bad_history_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no sampled epoch"):
-        draw_accuracies([], tmp_path)
-    with pytest.raises(UserError, match="line 2: there is no key 'stage'"):
-        draw_accuracies([lines(1)[0], {"event": "sample"}], tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_kinds():

@@ -102,7 +102,7 @@ def test_every_example_of_a_stream_is_counted_once(config):
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     answer = jax.jit(lambda image: network.apply(variables, image[None], train=False).logits[0])
     confusion = np.zeros((photos.TRAIN,) * 2, int)
-    losses = []
+    losses, stored, answers = [], [], []
     parts = feed._streams[1].evaluation_batches(
         batch_size=1, process_index=0, process_count=1, central=1.0
     )
@@ -110,12 +110,20 @@ def test_every_example_of_a_stream_is_counted_once(config):
         assert mask == 1
         logits = np.asarray(answer((np.float32(images[0]) / np.float32(255) - mean) / std))
         confusion[labels[0], logits.argmax()] += 1
+        stored.append((images[0], labels[0]))
+        answers.append(logits.argmax())
         losses.append(np.log(np.exp(logits).sum()) - logits[labels[0]])
     assert found.examples == found.confusion.sum() == photos.VALIDATION
     # A rounding error may flip a sign and with it an answer; filling counted would change rows.
     np.testing.assert_array_equal(found.confusion.sum(axis=1), confusion.sum(axis=1))
     assert np.abs(found.confusion - confusion).sum() <= 2
     np.testing.assert_allclose(found.loss, np.mean(losses), rtol=1e-2)
+    # Each answer stands at its example's place, and its image is found by that.
+    np.testing.assert_array_equal(found.labels, [label for _, label in stored])
+    assert (found.answers != answers).sum() <= 1
+    rows = np.array([photos.VALIDATION - 1, 0, 3])
+    images = feed.test_images(rows)
+    np.testing.assert_array_equal(images, [stored[row][0] for row in rows])
 
 
 def test_the_old_state_of_a_streamed_step_is_donated(config, monkeypatch):

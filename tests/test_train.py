@@ -26,9 +26,10 @@ from one_cell import (
     trainer_of,
 )
 from reads import note_reads
+from scipy import special
 
 from cpnas_jax import config as configs
-from cpnas_jax import modes, train_step
+from cpnas_jax import modes, predictions, train_step
 from cpnas_jax import train as train_module
 from cpnas_jax import trained as trained_module
 from cpnas_jax.models.network import Network
@@ -143,6 +144,11 @@ def test_a_trained_network_answers_for_its_checkpoint_and_for_no_other_cells(con
     assert value["top1"] <= value["top5"] <= 1
     shares = np.diagonal(value["confusion"]) / np.sum(value["confusion"], axis=1)
     assert value["per_class"] == pytest.approx(shares)
+    kept = predictions.load(trained.workdir / "train/predictions.npz")
+    confusion = np.zeros((6, 6), int)
+    np.add.at(confusion, (kept["labels"], kept["answers"]), 1)
+    np.testing.assert_array_equal(confusion, value["confusion"])
+    np.testing.assert_array_equal(kept["images"], PARTS["test"].images[kept["rows"]])
     assert (
         f"last checkpoint, after epoch 2, on the split test, 37 examples: top-1 {value['top1']:.4f}"
     ) in file.getvalue()
@@ -202,6 +208,10 @@ def test_evaluation_counts_every_example_once_with_running_averages(config):
     expected = np.zeros((6, 6), int)
     np.add.at(expected, (split.labels, answers), 1)
     np.testing.assert_array_equal(found.confusion, expected)
+    np.testing.assert_array_equal(found.answers, answers)
+    np.testing.assert_array_equal(found.labels, split.labels)
+    softmax = special.softmax(logits, axis=1)
+    np.testing.assert_allclose(found.confidences, softmax.max(axis=1), rtol=1e-4)
     assert found.top1 == pytest.approx((answers == split.labels).mean())
     top5 = np.argsort(-logits, axis=1)[:, :5]
     assert found.top5 == pytest.approx((top5 == split.labels[:, None]).any(axis=1).mean())

@@ -54,7 +54,11 @@ def test_a_file_comes_back(tmp_path, channels):
         ({"answers": np.zeros(20)}, "answers is float64"),
         ({"rows": np.array([20])}, "rows must be positions below 20"),
         ({"images": np.zeros((1, 2, 2, 3))}, "images is float64"),
-        ({"images": np.zeros((20, 2, 2, 2), np.uint8)}, "2 channels; it must be 1 or 3"),
+        ({"images": np.zeros((2, 2, 2, 3), np.uint8)}, r"images is uint8\[2, 2, 2, 3\]"),
+        (
+            {"rows": np.arange(2), "images": np.zeros((2, 2, 2, 2), np.uint8)},
+            "2 channels; it must be 1 or 3",
+        ),
     ],
 )
 def test_a_file_that_says_nonsense_is_named(tmp_path, change, message):

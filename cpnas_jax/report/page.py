@@ -133,7 +133,7 @@ def render(contents: Contents, figures: dict[str, bytes]) -> str:
         drawings=drawings,
         keys=contents.keys,
         differing=running.differing_keys(contents.keys),
-        records=contents.records,
+        machines=running.machines(contents),
         genotype=_cells(contents),
         searched=searched,
         frames=searching.frame_names(frames) if frames else [],
@@ -147,7 +147,6 @@ def render(contents: Contents, figures: dict[str, bytes]) -> str:
         summary=contents.summary,
         costs=running.costs(contents, searched),
         commands=running.commands(contents),
-        phases=running.PHASES,
         kinds={name: kind(name) for name in OPERATIONS},
         short=SHORT_NAMES,
     )

@@ -1,5 +1,6 @@
 """What was run, how far it is, what it cost, and the commands, for a report."""
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,6 +134,23 @@ def costs(contents: Contents, searched: Mapping[str, Any] | None) -> list[dict[s
     return rows
 
 
+def machines(contents: Contents) -> list[dict[str, Any]]:
+    """Return where the phases began: those of the same versions and devices together."""
+    found: list[dict[str, Any]] = []
+    for phase, record in contents.records.items():
+        place = {
+            "devices": record.get("devices", []),
+            "backend": record.get("backend", ""),
+            "versions": section(record, "versions", contents.path / "config.json"),
+        }
+        same = [machine for machine in found if machine["place"] == place]
+        if same:
+            same[0]["phases"].append(PHASES[phase])
+        else:
+            found.append({"phases": [PHASES[phase]], "place": place, **place})
+    return found
+
+
 def commands(contents: Contents) -> dict[str, Any]:
     """Return the command lines that made the run, and those that look at it.
 
@@ -151,7 +169,7 @@ def commands(contents: Contents) -> dict[str, Any]:
         "check": "python -c "
         + shlex.quote(
             "from cpnas_jax.strategies import check_search; "
-            f"print(check_search({str(contents.path)!r}).finished)"
+            f"print(check_search({json.dumps(str(contents.path))}).finished)"
         ),
     }
 

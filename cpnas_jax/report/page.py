@@ -6,7 +6,6 @@ import pathlib
 from typing import Any
 
 import jinja2
-from etils import epath
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from ml_collections import config_dict
@@ -77,8 +76,10 @@ def write_report(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
         files["film.svg"] = figure_bytes(film, "svg")
     paths: list[Any] = []
     for name, data in {NAME: page.encode(), **files}.items():
-        path = epath.Path(contents.path) / name
-        write_atomically(path, data)
+        path = contents.path / name
+        # A finished run that is looked at again stays as it is.
+        if not path.exists() or path.read_bytes() != data:
+            write_atomically(path, data)
         paths.append(path)
     return paths
 

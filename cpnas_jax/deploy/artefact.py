@@ -1,0 +1,340 @@
+"""The directory of a shipped network: what is in its files, written whole and read with care.
+
+`model.safetensors` holds three tensors for the stem, each cell and the classifier, as far as they
+have any: `<part>.bits`, uint8, kernels and flips of 1-bit steps; `<part>.float32`; `<part>.int8`.
+In each the tensors of the part's steps follow each other in the order of `structure.steps`, each in
+C order; every tensor of bits begins with a byte of its own. The metadata say everything else, see
+`FIELDS`. Sums of all files' bytes (SHA-256) are among them, so that an altered file is refused.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from cpnas_jax.deploy import program
+from cpnas_jax.deploy.bits import from_bytes, to_bytes
+from cpnas_jax.deploy.program import AllTensors
+from cpnas_jax.deploy.structure import Spec, Structure, steps
+
+FORMAT = "cpnas_jax"
+VERSION = 1
+MODEL, PROGRAM, CHECK = "model.safetensors", "model.stablehlo", "selfcheck.npz"
+GENOTYPE, README = "genotype.json", "README.md"
+FIELDS = {
+    "format": "always cpnas_jax",
+    "format_version": "of this layout; a reader refuses those it does not know",
+    "structure": "JSON: all that decides the steps of the network",
+    "genotype": "JSON: the cells as they were found",
+    "classes": "JSON: names, in the order of the logits",
+    "preprocessing": "JSON: how an image file becomes the uint8 array that the network takes",
+    "bit_order": "of the packed tensors",
+    "padding": "what surrounds an image in 1-bit convolutions",
+    "digest": "SHA-256 of all other metadata as JSON and of the tensors, both sorted by name",
+    "files": "JSON: SHA-256 of the directory's other files",
+}
+"""The metadata of `model.safetensors`."""
+
+_DTYPES = {"bits": np.uint8, "float32": np.float32, "int8": np.int8}
+
+
+class ArtefactError(ValueError):
+    """A directory that holds no network that can be used; the message says what would be right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shipped:
+    """A network as it is shipped.
+
+    Attributes:
+        structure: of the network.
+        tensors: of its steps; bits as bool.
+        genotype: the cells, as `genotype.json` holds them.
+        classes: names in the order of the logits.
+        preprocessing: how an image file becomes what the network takes.
+    """
+
+    structure: Structure
+    tensors: AllTensors
+    genotype: Mapping[str, Any]
+    classes: tuple[str, ...]
+    preprocessing: Mapping[str, Any]
+
+    def logits(self, images: np.ndarray, engine: str = "packed") -> np.ndarray:
+        """Return the answers to uint8[N, H, W, C], f32[N, classes], computed step by step.
+
+        `Program` is faster: this compiles nothing as a whole.
+        """
+        return np.asarray(
+            program.logits(self.structure, self.tensors, jax.numpy.asarray(images), engine)
+        )
+
+
+def blobs(structure: Structure, tensors: AllTensors) -> dict[str, np.ndarray]:
+    """Return the tensors of `model.safetensors`."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for step in steps(structure):
+        for field, spec in step.tensors.items():
+            own = tensors[step.name][field]
+            flat = to_bytes(own) if spec.kind == "bits" else own.astype(_DTYPES[spec.kind]).ravel()
+            parts.setdefault(f"{step.part}.{spec.kind}", []).append(flat)
+    return {name: np.concatenate(own) for name, own in parts.items()}
+
+
+def _stored(spec: Spec) -> int:
+    """Return how many entries of a blob a tensor takes."""
+    return -(-spec.size // 8) if spec.kind == "bits" else spec.size
+
+
+def from_blobs(structure: Structure, stored: Mapping[str, np.ndarray]) -> AllTensors:
+    """Return the tensors of all steps.
+
+    Raises:
+        ArtefactError: a blob is missing, too much or of another size.
+    """
+    places: dict[str, int] = {}
+    tensors: dict[str, dict[str, np.ndarray]] = {}
+    for step in steps(structure):
+        own = tensors.setdefault(step.name, {})
+        for field, spec in step.tensors.items():
+            name = f"{step.part}.{spec.kind}"
+            first = places.get(name, 0)
+            places[name] = first + _stored(spec)
+            blob = stored.get(name, np.zeros(0))
+            if blob.dtype != _DTYPES[spec.kind] or len(blob) < places[name]:
+                raise ArtefactError(
+                    f"tensor {name!r} does not fit the cells: it ends in {step.name}"
+                )
+            own[field] = _unpacked(spec, blob[first : places[name]])
+    for name, blob in stored.items():
+        if len(blob) != places.get(name, 0):
+            raise ArtefactError(
+                f"tensor {name!r} does not fit the cells: it has {len(blob)} entries in place of "
+                f"{places.get(name, 0)}"
+            )
+    return tensors
+
+
+def _unpacked(spec: Spec, values: np.ndarray) -> np.ndarray:
+    return from_bytes(values, spec.shape) if spec.kind == "bits" else values.reshape(spec.shape)
+
+
+def _digest(stored: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    whole = hashlib.sha256()
+    rest = {name: text for name, text in metadata.items() if name != "digest"}
+    whole.update(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(stored):
+        whole.update(name.encode())
+        whole.update(stored[name].tobytes())
+    return whole.hexdigest()
+
+
+def write(shipped: Shipped, directory: str | os.PathLike[str], images: np.ndarray) -> None:
+    """Write the directory, whole or not at all.
+
+    Args:
+        shipped: the network.
+        directory: that does not exist yet.
+        images: uint8[n, H, W, C] that `selfcheck.npz` keeps with their answers.
+
+    Raises:
+        ArtefactError: it exists, or it cannot be written.
+    """
+    target = pathlib.Path(directory)
+    if target.exists():
+        raise ArtefactError(f"{target} exists; give a directory that does not, or delete it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ArtefactError(f"{target} cannot be written ({error.strerror or error})") from error
+    try:
+        _write_files(shipped, scratch, images)
+        scratch.chmod(0o755)
+        os.replace(scratch, target)
+    except OSError as error:
+        raise ArtefactError(f"{target} cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_files(shipped: Shipped, directory: pathlib.Path, images: np.ndarray) -> None:
+    network = program.exported(shipped.structure, shipped.tensors)
+    check = io.BytesIO()
+    np.savez(check, images=images, logits=np.asarray(network.call(images)))
+    files = {
+        PROGRAM: bytes(network.serialize()),
+        CHECK: check.getvalue(),
+        GENOTYPE: (json.dumps(shipped.genotype, indent=1) + "\n").encode(),
+    }
+    stored = blobs(shipped.structure, shipped.tensors)
+    pad = shipped.structure.pad_value
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "structure": json.dumps(shipped.structure.to_dict()),
+        "genotype": json.dumps(shipped.genotype),
+        "classes": json.dumps(list(shipped.classes)),
+        "preprocessing": json.dumps(dict(shipped.preprocessing)),
+        "bit_order": "C order, lowest bit of a byte first; 1 is +1, 0 is -1",
+        "padding": f"symmetric, dilation * (k // 2) wide, value {pad}",
+        "files": json.dumps(
+            {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        ),
+    }
+    metadata["digest"] = _digest(stored, metadata)
+    assert set(metadata) == set(FIELDS)
+    files[MODEL] = save(stored, metadata)
+    files[README] = readme(shipped).encode()
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+
+
+def readme(shipped: Shipped) -> str:
+    """Return the text that tells people what the directory is."""
+    height, width, channels = shipped.structure.image
+    kind = "A 1-bit child" if shipped.structure.binary else "A float parent"
+    classes, platforms = shipped.structure.num_classes, ", ".join(program.PLATFORMS)
+    layout = "`cpnas_jax/deploy/artefact.py`"
+    return f"""# {kind} network, exported by cpnas_jax
+
+Takes uint8[n, {height}, {width}, {channels}] images, any n, and gives f32[n, {classes}] logits.
+
+    from cpnas_jax.deploy import artefact
+    network = artefact.open_program("this directory")
+    logits = network(images)
+
+| file | what it is |
+|---|---|
+| {MODEL} | kernels as packed bits, the rest float32; layout and metadata: {layout} |
+| {PROGRAM} | the network as a StableHLO program for {platforms}: `jax.export.deserialize` |
+| {GENOTYPE} | the cells |
+| {CHECK} | images and the logits that they must give |
+
+Preprocessing of an image file: {json.dumps(dict(shipped.preprocessing))}.
+"""
+
+
+def read(directory: str | os.PathLike[str]) -> Shipped:
+    """Read what `write` wrote.
+
+    Raises:
+        ArtefactError: there is no such directory, or it is damaged, altered, or of the future.
+    """
+    return _read(pathlib.Path(directory))[0]
+
+
+def _read(directory: pathlib.Path) -> tuple[Shipped, dict[str, str]]:
+    """Return the network, and the digests of the other files."""
+    path = directory / MODEL
+    if not path.is_file():
+        raise ArtefactError(f"{directory} has no {MODEL}; give a directory that `export` wrote")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ArtefactError(f"{path} is damaged ({_line(error)}); export it again") from error
+    if metadata.get("format") != FORMAT:
+        raise ArtefactError(
+            f"{path} is no network of {FORMAT}; give a directory that `export` wrote"
+        )
+    version = metadata.get("format_version", "")
+    if version != str(VERSION):
+        raise ArtefactError(
+            f"{path} has format version {version!r}, this cpnas_jax reads {VERSION}; "
+            "use the one that wrote it, or export again"
+        )
+    if metadata.get("digest") != _digest(stored, metadata):
+        raise ArtefactError(f"{path} is damaged (its digest is another); export it again")
+    try:
+        structure = Structure.from_dict(json.loads(metadata["structure"]))
+        tensors = from_blobs(structure, stored)
+        shipped = Shipped(
+            structure,
+            tensors,
+            json.loads(metadata["genotype"]),
+            tuple(json.loads(metadata["classes"])),
+            json.loads(metadata["preprocessing"]),
+        )
+        digests = json.loads(metadata["files"])
+    except ArtefactError as error:
+        raise ArtefactError(f"{path}: {error}; export it again") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtefactError(f"{path} is damaged ({_line(error)}); export it again") from error
+    return shipped, digests
+
+
+def _checked(directory: pathlib.Path, name: str, digests: Mapping[str, str]) -> bytes:
+    path = directory / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtefactError(
+            f"{path} cannot be read ({error.strerror or error}); export it again"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != digests.get(name):
+        raise ArtefactError(
+            f"{path} is damaged or altered (its digest is another); export it again"
+        )
+    return data
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The StableHLO program of a shipped network.
+
+    Attributes:
+        shipped: the network.
+        exported: what `jax.export` made of it.
+        images: uint8[n, H, W, C] of the self-check.
+        expected: f32[n, classes] that they must give.
+    """
+
+    shipped: Shipped
+    exported: export.Exported
+    images: np.ndarray
+    expected: np.ndarray
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Return f32[N, classes] of uint8[N, H, W, C]; compiled once for each N."""
+        return np.asarray(self.exported.call(images))
+
+    def self_check(self) -> float:
+        """Return how far the answers to the stored images are from the stored ones."""
+        return float(np.abs(self(self.images) - self.expected).max())
+
+
+def open_program(directory: str | os.PathLike[str]) -> Program:
+    """Read a directory with its program and self-check.
+
+    Raises:
+        ArtefactError: see `read`; or a file is missing, damaged or altered.
+    """
+    base = pathlib.Path(directory)
+    shipped, digests = _read(base)
+    data = {name: _checked(base, name, digests) for name in (PROGRAM, CHECK, GENOTYPE)}
+    try:
+        network = export.deserialize(bytearray(data[PROGRAM]))
+        with np.load(io.BytesIO(data[CHECK])) as check:
+            images, expected = check["images"], check["logits"]
+    # Whatever flatbuffers and numpy raise on data that has the digest but is not theirs.
+    except Exception as error:
+        raise ArtefactError(f"{base} cannot be read ({_line(error)}); export it again") from error
+    return Program(shipped, network, images, expected)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -151,6 +151,15 @@ def base_config() -> config_dict.ConfigDict:
     evaluate.checkpoint = "last"  # last, as nothing chose it by the test split, or best [ours]
     evaluate.batch_size = 256  # global, over all devices [ours]
 
+    config.export = export = config_dict.ConfigDict()  # all of it [ours]
+    export.directory = ""  # that `export` writes and `predict` reads; "" is `export` in --workdir
+
+    config.predict = predict = config_dict.ConfigDict()  # all of it [ours]
+    predict.images = ""  # image files and folders, with commas between
+    predict.top = 5  # likeliest classes that are told
+    predict.format = "table"  # or json
+    predict.batch_size = 64  # images that are classified together
+
     config.binarizer = binarizer = config_dict.ConfigDict()
     binarizer.activation_estimator = "bireal"  # [kin]
     binarizer.weight_estimator = "clip"  # [kin]
@@ -264,8 +273,9 @@ _OTHERS = {
     "search": (
         *("network.", "train.", "evaluate.", "dataset.cutout", "dataset.color_jitter"),
         *("dataset.stream", "dataset.crop_area", "dataset.central_crop", "compare."),
+        *("export.", "predict."),
     ),
-    "train": ("search.", "compare."),
+    "train": ("search.", "compare.", "export.", "predict."),
 }
 # What some strategies alone read.
 _GRADIENT = ("epochs", "alpha_learning_rate", "alpha_weight_decay")
@@ -439,7 +449,10 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
         )
     searched = ("search.batch_size", "search.score_batch_size")
     trained = ("train.batch_size", "evaluate.batch_size")
-    used = {"search": searched, "train": trained, "evaluate": trained, "summary": (), "report": ()}
+    used = {
+        **{"search": searched, "train": trained, "evaluate": trained, "export": trained},
+        **{"summary": (), "predict": (), "report": ()},
+    }
     shards = config.runtime.deterministic
     for key in used.get(config.mode, searched + trained):
         section, name = key.split(".")

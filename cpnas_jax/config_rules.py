@@ -17,7 +17,10 @@ from cpnas_jax.models.network import STEMS
 from cpnas_jax.models.space import MODELS, OPERATIONS
 from cpnas_jax.runtime.errors import UserError
 
-MODES = ("pipeline", "search", "train", "evaluate", "summary", "compare", "report")
+MODES = (
+    *("pipeline", "search", "train", "evaluate", "summary", "compare"),
+    *("report", "export", "predict"),
+)
 OPTIMIZERS = ("sgd", "adam")
 GRADIENT_STRATEGIES = ("darts", "pc_darts", "cp_gradient")
 """In these alpha has a gradient; see `bilevel_step`."""
@@ -136,6 +139,11 @@ RULES = {
     "evaluate.examples": _integer(0),
     "evaluate.checkpoint": _one_of(("last", "best")),
     "evaluate.batch_size": _integer(1),
+    "export.directory": Rule(lambda v: isinstance(v, str), "a directory, or empty"),
+    "predict.images": Rule(lambda v: isinstance(v, str), "files and folders, commas between"),
+    "predict.top": _integer(1),
+    "predict.format": _one_of(("table", "json")),
+    "predict.batch_size": _integer(1),
     "runtime.checkpoint_every": _integer(0),
     "runtime.stall_seconds": _number(0),
     "search.strategy": _one_of(STRATEGIES),

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -114,6 +114,17 @@ class Feed(abc.ABC):
 
         Returns:
             uint8[n, height, width, channels].
+        """
+
+    @abc.abstractmethod
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and deviation of the channels that images are normalised by, f32[c]."""
+
+    @abc.abstractmethod
+    def test_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Return images uint8[n, H, W, C] and labels int32[n] of the test split, on the host.
+
+        Of one process. The last batch may have fewer; examples that cannot be decoded are left out.
         """
 
     @abc.abstractmethod

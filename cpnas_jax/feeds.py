@@ -5,6 +5,7 @@ not its business. Order and augmentation are functions of (seed, epoch, step) in
 feed has no state that a checkpoint would have to hold.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -151,6 +152,17 @@ class ResidentFeed(Feed):
     def test_images(self, rows: np.ndarray) -> np.ndarray:
         """Return some test examples."""
         return self._splits[1].images[rows]
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return those of the training split."""
+        return channel_statistics(self._splits[0].images)
+
+    def test_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Return the test split in pieces."""
+        images, labels = self._splits[1].images, self._splits[1].labels
+        for first in range(0, len(labels), batch_size):
+            rows = slice(first, first + batch_size)
+            yield images[rows], labels[rows]
 
     def undecodable(self) -> dict[str, list[int]]:
         """Return split -> examples that were left out when it was loaded."""

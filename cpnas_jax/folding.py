@@ -154,16 +154,15 @@ class _Folding:
         if not step.tensors:
             return {}
         channels = step.shape[-1]
-        if self.find("params", f"{step.name}.norm") is None:
-            found = {"multiplier": np.ones(channels, np.float32), "offset": np.float32(0)}
-        else:
+        found: Arrays = {"multiplier": np.ones(channels, np.float32), "offset": np.zeros(channels)}
+        if self.find("params", f"{step.name}.norm") is not None:
             found = self.affine(f"{step.name}.norm")
         if step.name.endswith(".between"):
             # The scale of the depthwise convolution before.
             scale = self.kernel(f"{step.name.removesuffix('between')}depthwise")[1]
             found["multiplier"] = found["multiplier"] * scale
         offset = found["offset"] - self.threshold(step.name)
-        return {**found, "offset": np.broadcast_to(offset, (channels,)).astype(np.float32)}
+        return {**found, "offset": offset.astype(np.float32)}
 
     def binary_depthwise(self, step: Step) -> Arrays:
         """Return kernel, threshold and flip."""

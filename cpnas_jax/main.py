@@ -3,8 +3,9 @@
 python -m cpnas_jax.main --config=FILE[:WORD,...] --workdir=DIR [--config.KEY=VALUE ...]
 
   --config      a file of configs/ and, in any order, what to run (pipeline, search, train,
-                evaluate, summary, compare, report), the final network's size (small, medium,
-                large), plus (what helps 1-bit networks to train), smoke (shrinks all to a minute)
+                evaluate, summary, compare, report, export, predict), the final network's size
+                (small, medium, large), plus (what helps 1-bit networks to train), smoke (shrinks
+                all to a minute)
   --workdir     directory of the run; the same command resumes a run that was stopped or killed
   --config.KEY  any other value of a key, such as --config.search.rounds=1; see cpnas_jax/config.py
 
@@ -33,8 +34,10 @@ from ml_collections import config_dict, config_flags
 
 from cpnas_jax import config as configs
 from cpnas_jax.compare import compare
+from cpnas_jax.export import export_mode
 from cpnas_jax.modes import evaluate_mode, summary_mode
 from cpnas_jax.pipeline import pipeline
+from cpnas_jax.predict import predict_mode
 from cpnas_jax.report.page import refresh, report_mode
 from cpnas_jax.runtime import environment, interruptions, processes, stall
 from cpnas_jax.runtime.console import Reporter
@@ -51,6 +54,8 @@ _MODES: dict[str, Callable[[config_dict.ConfigDict, str, Reporter], object]] = {
     "pipeline": pipeline,
     "compare": compare,
     "report": report_mode,
+    "export": export_mode,
+    "predict": predict_mode,
 }
 _REPORTED = ("search", "train", "evaluate", "summary", "pipeline")
 """Modes at whose end the workdir's report is made again."""

@@ -149,6 +149,48 @@ def evaluate_network(
         UserError: the workdir holds no training of this config, or the checkpoint that is asked
             for is damaged; evaluating does not fit on a device.
     """
+    trainer, position = restored(config, directory, genotype, feed, binary=binary)
+    # The last epoch of which anything was trained.
+    epoch = position["epoch"] - (position["step"] == 0)
+    trainer.compile_evaluation(epoch)
+    reporter.say(trainer.compiled_text("evaluate"))
+    counted = trainer.evaluate(epoch)
+    name = directory_name(binary)
+    names, skipped = feed.facts.class_names, trainer.undecodable()
+    value: dict[str, Any] = {
+        "split": config.evaluate.split,
+        "checkpoint": config.evaluate.checkpoint,
+        "precision": trainer.precision,
+        "epoch": position["epoch"],
+        "class_names": list(names),
+        "undecodable": len(skipped[config.evaluate.split]),
+        **counted.to_dict(),
+    }
+    # First: evaluation.json says that all of it is done.
+    directory.write(f"{name}/{predictions.NAME}", predictions.encoded(counted, feed))
+    directory.write_json(f"{name}/evaluation.json", value)
+    steps = f" and {position['step']} steps" if position["step"] else ""
+    reporter.say(
+        f"{config.evaluate.checkpoint} checkpoint, after epoch {position['epoch']}{steps}, on the "
+        f"split {config.evaluate.split}, {evaluation.table(counted, names)}"
+    )
+    tell_skipped(reporter, {config.evaluate.split: value["undecodable"]})
+
+
+def restored(
+    config: config_dict.ConfigDict,
+    directory: Workdir,
+    genotype: Genotype,
+    feed: Feed,
+    *,
+    binary: bool,
+) -> tuple[Trainer, dict[str, int]]:
+    """Return a trainer with the checkpoint that is asked for, and its position: epoch and step.
+
+    Raises:
+        UserError: the workdir holds no training of this config, or the checkpoint that is asked
+            for is damaged.
+    """
     check_trained(config, directory, binary=binary)
     name, path = directory_name(binary), _checkpoints(config, directory, binary=binary)
     check_cells(directory, name, genotype)
@@ -170,27 +212,4 @@ def evaluate_network(
             f"the finished training; {_remedy(config, directory, name)}"
         )
     trainer.load(found.state)
-    # The last epoch of which anything was trained.
-    epoch = position["epoch"] - (position["step"] == 0)
-    trainer.compile_evaluation(epoch)
-    reporter.say(trainer.compiled_text("evaluate"))
-    counted = trainer.evaluate(epoch)
-    names, skipped = feed.facts.class_names, trainer.undecodable()
-    value: dict[str, Any] = {
-        "split": config.evaluate.split,
-        "checkpoint": config.evaluate.checkpoint,
-        "precision": trainer.precision,
-        "epoch": position["epoch"],
-        "class_names": list(names),
-        "undecodable": len(skipped[config.evaluate.split]),
-        **counted.to_dict(),
-    }
-    # First: evaluation.json says that all of it is done.
-    directory.write(f"{name}/{predictions.NAME}", predictions.encoded(counted, feed))
-    directory.write_json(f"{name}/evaluation.json", value)
-    steps = f" and {position['step']} steps" if position["step"] else ""
-    reporter.say(
-        f"{config.evaluate.checkpoint} checkpoint, after epoch {position['epoch']}{steps}, on the "
-        f"split {config.evaluate.split}, {evaluation.table(counted, names)}"
-    )
-    tell_skipped(reporter, {config.evaluate.split: value["undecodable"]})
+    return trainer, position

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -187,18 +187,33 @@ class StreamFeed(Feed):
             passes_of(self._shards),
         )
 
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the estimate that `place` made."""
+        mean, std = (to_host(own) for own in self._statistics)
+        return mean, std
+
+    def test_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Return the test split as it is read."""
+        for images, labels, mask in self._evaluation_batches(batch_size, 0, 1):
+            yield images[mask > 0], labels[mask > 0]
+
+    def _evaluation_batches(
+        self, batch_size: int, process_index: int, process_count: int
+    ) -> Generator[tuple[Any, ...], None, None]:
+        return self._streams[1].evaluation_batches(
+            batch_size=batch_size,
+            process_index=process_index,
+            process_count=process_count,
+            central=self._config.dataset.central_crop,
+            workers=self._config.dataset.workers,
+        )
+
     def count(self, program: Any, batch_size: int, variables: Any) -> dict[str, np.ndarray]:
         """Count the answers over the test split, batch by batch."""
         num = self.facts.num_test
         num_batches = -(-num // batch_size)
         blank = self._blank(batch_size)
-        batches = self._streams[1].evaluation_batches(
-            batch_size=batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            central=self._config.dataset.central_crop,
-            workers=self._config.dataset.workers,
-        )
+        batches = self._evaluation_batches(batch_size, jax.process_index(), jax.process_count())
         counts: list[dict[str, np.ndarray]] = []
         passes = passes_of(self._shards)
         failed: Exception | None = None

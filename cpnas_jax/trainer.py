@@ -218,6 +218,10 @@ class Trainer:
         """Return the state as numpy arrays."""
         return to_host(self._state)
 
+    def host_variables(self) -> Any:
+        """Return what is evaluated, {"params", "batch_stats"}, as numpy arrays."""
+        return to_host(self._variables())
+
     def real_weights(self, epoch: int) -> bool:
         """Tell whether an epoch belongs to the first part of two-step training."""
         return self._settings.binary and epoch < self._config.train.real_weights_epochs

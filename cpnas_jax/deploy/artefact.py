@@ -15,7 +15,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -141,13 +141,19 @@ def _digest(stored: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> st
     return whole.hexdigest()
 
 
-def write(shipped: Shipped, directory: str | os.PathLike[str], images: np.ndarray) -> None:
+def write(
+    shipped: Shipped,
+    directory: str | os.PathLike[str],
+    images: np.ndarray,
+    check: Callable[["Program"], None] | None = None,
+) -> None:
     """Write the directory, whole or not at all.
 
     Args:
         shipped: the network.
         directory: that does not exist yet.
         images: uint8[n, H, W, C] that `selfcheck.npz` keeps with their answers.
+        check: called with what was written, read back; if it raises, nothing is left.
 
     Raises:
         ArtefactError: it exists, or it cannot be written.
@@ -162,6 +168,8 @@ def write(shipped: Shipped, directory: str | os.PathLike[str], images: np.ndarra
         raise ArtefactError(f"{target} cannot be written ({error.strerror or error})") from error
     try:
         _write_files(shipped, scratch, images)
+        if check is not None:
+            check(open_program(scratch))
         scratch.chmod(0o755)
         os.replace(scratch, target)
     except OSError as error:

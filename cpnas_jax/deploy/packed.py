@@ -180,7 +180,7 @@ def binary_depthwise(
     """Convolve signs with a 1-bit depthwise kernel; give whether the sums reach thresholds."""
     kernel = tensors["kernel"]
     digits = depthwise_matches(step, kernel, words, pad_value)
-    image = words.shape[2:]
+    image = words.shape[2], words.shape[3]
     bounds = match_bounds(step, kernel, tensors["threshold"], image, pad_value)
     # Channels that only fill up the last word: never reached.
     never = bits_beyond(bounds, kernel)

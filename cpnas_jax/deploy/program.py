@@ -12,7 +12,7 @@ from jax import export, lax
 from cpnas_jax.deploy import packed, signed
 from cpnas_jax.deploy.structure import Step, Structure, steps
 
-ENGINES: dict[str, Mapping[str, Callable[..., jax.Array]]] = {
+ENGINES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "packed": packed.STEPS,
     "signed": signed.STEPS,
     "signed on cpu": signed.ON_CPU,

@@ -1,0 +1,157 @@
+"""The mode `predict`: what an exported network says of image files."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import config_dict
+from scipy import special
+
+from cpnas_jax.data import views
+from cpnas_jax.data.decode import MODES, decode_images
+from cpnas_jax.deploy import artefact
+from cpnas_jax.deploy.artefact import ArtefactError, Program
+from cpnas_jax.export import export_directory
+from cpnas_jax.runtime import processes
+from cpnas_jax.runtime.console import Reporter
+from cpnas_jax.runtime.errors import UserError
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Names of image files end so, in a folder."""
+
+
+def predict_mode(
+    config: config_dict.ConfigDict, workdir: str | os.PathLike[str], reporter: Reporter
+) -> None:
+    """Print the classes of the images in `config.predict.images`, likeliest first.
+
+    Args:
+        config: validated.
+        workdir: whose exported network is asked, unless `config.export.directory` names another.
+        reporter: prints the answers.
+
+    Raises:
+        UserError: there is no such network, it is damaged, or a file is no image.
+    """
+    processes.first_alone(lambda: _predict(config, workdir, reporter))
+
+
+def _predict(
+    config: config_dict.ConfigDict, workdir: str | os.PathLike[str], reporter: Reporter
+) -> None:
+    directory, options = export_directory(config, workdir), config.predict
+    try:
+        network = artefact.open_program(os.fspath(directory))
+    except ArtefactError as error:
+        raise UserError(f"{error}; the mode `export` writes one") from error
+    files = image_files(options.images)
+    answers = []
+    for paths, images in _read(files, network.shipped.preprocessing, options.batch_size):
+        answers += answers_of(network, paths, images, options.top)
+    if options.format == "json":
+        reporter.say(json.dumps(answers, indent=1))
+        return
+    for answer in answers:
+        lines = [f"  {own['probability']:.3f}  {own['name']}" for own in answer["classes"]]
+        reporter.say("\n".join([answer["image"], *lines]))
+
+
+def image_files(given: str) -> list[pathlib.Path]:
+    """Return the files that `config.predict.images` names: files and folders, with commas between.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not given:
+        raise UserError(
+            "config.predict.images is empty; give image files and folders, with commas between"
+        )
+    files: list[pathlib.Path] = []
+    for name in filter(None, given.split(",")):
+        path = pathlib.Path(name).expanduser()
+        if path.is_dir():
+            own = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            if not own:
+                raise UserError(
+                    f"config.predict.images: the folder {path} has no image ({' '.join(SUFFIXES)})"
+                )
+            files += own
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"config.predict.images: there is no {path}; give files or folders")
+    return files
+
+
+def _read(
+    files: list[pathlib.Path], form: Mapping[str, Any], batch_size: int
+) -> Iterator[tuple[list[pathlib.Path], np.ndarray]]:
+    for first in range(0, len(files), batch_size):
+        own = files[first : first + batch_size]
+        yield own, np.stack([read_image(path, form) for path in own])
+
+
+def read_image(path: pathlib.Path, form: Mapping[str, Any]) -> np.ndarray:
+    """Read an image file as the network's evaluation read its images.
+
+    Args:
+        path: of the file.
+        form: `Shipped.preprocessing`.
+
+    Returns:
+        uint8[H, W, C].
+
+    Raises:
+        UserError: it is no image that can be read.
+    """
+    height, width, channels = (int(form[name]) for name in ("height", "width", "channels"))
+    try:
+        encoded = path.read_bytes()
+        if form["form"] == "central part":
+            return views.read_view(
+                encoded,
+                MODES[channels],
+                height,
+                lambda w, h: views.central_box(w, h, float(form["share"])),
+                quick=False,
+            )
+        return _whole(encoded, height, width, channels)
+    except MemoryError:
+        raise
+    # Pillow reports broken images by errors of many types.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is no image that can be read ({reason})") from error
+
+
+def _whole(encoded: bytes, height: int, width: int, channels: int) -> np.ndarray:
+    def failed(_: int, error: Exception) -> None:
+        raise error
+
+    # Images that are not square were trained on as they are stored.
+    size = height if height == width else None
+    (image,) = decode_images([encoded], (None, None, channels), size, failed)
+    if image.shape[:2] != (height, width):
+        raise ValueError(f"it has {image.shape[1]}x{image.shape[0]} pixels, not {width}x{height}")
+    return image
+
+
+def answers_of(
+    network: Program, paths: list[pathlib.Path], images: np.ndarray, top: int
+) -> list[dict[str, Any]]:
+    """Return the likeliest classes of images with their probabilities."""
+    probabilities = special.softmax(network(images).astype(np.float64), axis=1)
+    names = network.shipped.classes
+    return [
+        {
+            "image": str(path),
+            "classes": [
+                {"name": names[place], "probability": float(own[place])}
+                for place in np.argsort(-own, kind="stable")[:top]
+            ],
+        }
+        for path, own in zip(paths, probabilities, strict=True)
+    ]

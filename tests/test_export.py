@@ -1,0 +1,195 @@
+"""The modes `export` and `predict`, from the command line, after the smallest training."""
+
+import json
+
+import numpy as np
+import pytest
+import stand_in
+from PIL import Image
+from small_training import GENOTYPE, Command, refusal
+
+from cpnas_jax import export
+from cpnas_jax.deploy import artefact
+from cpnas_jax.export import Agreement
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    files = tmp_path_factory.mktemp("files")
+    stand_in.prepare(stand_in.Cifar10, files / "data")
+    GENOTYPE.save(files / "cells.json")
+    return files
+
+
+@pytest.fixture(scope="module")
+def patched():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def exported(patched, files, tmp_path_factory):
+    """A workdir of a training that was exported."""
+    workdir = tmp_path_factory.mktemp("run")
+    command = Command(patched, files)
+    assert command("train", workdir, "--config.train.epochs=1") == 0
+    assert command("export", workdir, "--config.train.epochs=1") == 0
+    return workdir
+
+
+@pytest.fixture
+def command(monkeypatch, files):
+    own = Command(monkeypatch, files)
+    return lambda mode, workdir, *more: own(mode, workdir, "--config.train.epochs=1", *more)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, mode, size in (
+        ("b.png", "RGB", (40, 30)),
+        ("a.JPG", "L", (8, 8)),
+        ("c.gif", "P", (9, 20)),
+    ):
+        pixels = rng.integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+        with (folder / name).open("wb") as file:
+            Image.fromarray(pixels).convert(mode).save(
+                file, {"JPG": "JPEG"}.get(name[2:], name[2:])
+            )
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_what_is_exported_answers_as_it_was_evaluated(command, exported):
+    network = artefact.open_program(exported / "export")
+    assert network.self_check() == 0
+    found = json.loads((exported / "train/export.json").read_text())
+    assert found["close"] == 1
+    assert found["turned"] == 0
+    assert found["bytes"] == (exported / "export" / artefact.MODEL).stat().st_size
+    assert command("evaluate", exported) == 0
+    evaluated = json.loads((exported / "train/evaluation.json").read_text())
+    assert found["shipped"] == pytest.approx(evaluated["top1"])
+    assert found["images"] == evaluated["examples"]
+    assert network.shipped.classes == tuple(evaluated["class_names"])
+    stored = json.loads((exported / "export" / artefact.GENOTYPE).read_text())
+    assert stored == network.shipped.genotype == json.loads(GENOTYPE.to_json())
+
+
+def test_images_are_classified(command, exported, photos, capsys):
+    capsys.readouterr()
+    images = f"--config.predict.images={photos},{photos / 'b.png'}"
+    assert command("predict", exported, images, "--config.predict.format=json") == 0
+    answers = json.loads(capsys.readouterr().out)
+    names = [answer["image"] for answer in answers]
+    assert names == [str(photos / name) for name in ("a.JPG", "b.png", "c.gif", "b.png")]
+    assert answers[1] == answers[3]
+    classes = artefact.read(exported / "export").classes
+    for answer in answers:
+        own = [found["probability"] for found in answer["classes"]]
+        assert len(own) == 5
+        assert own == sorted(own, reverse=True)
+        assert {found["name"] for found in answer["classes"]} <= set(classes)
+    assert command("predict", exported, images, "--config.predict.top=1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = answers[0]["classes"][0]
+    assert lines[:2] == [str(photos / "a.JPG"), f"  {first['probability']:.3f}  {first['name']}"]
+    assert len(lines) == 2 * 4
+    # All classes: probabilities.
+    assert (
+        command(
+            "predict",
+            exported,
+            images,
+            "--config.predict.top=99",
+            "--config.predict.format=json",
+            "--config.predict.batch_size=3",
+        )
+        == 0
+    )
+    (whole, *_) = json.loads(capsys.readouterr().out)
+    assert sum(found["probability"] for found in whole["classes"]) == pytest.approx(1)
+
+
+def test_an_image_of_the_set_is_seen_as_in_evaluation(exported, tmp_path):
+    """A stored image that is read from a file is the array that evaluation had."""
+    from cpnas_jax.predict import read_image
+
+    network = artefact.open_program(exported / "export")
+    Image.fromarray(network.images[0]).save(tmp_path / "it.png")
+    found = read_image(tmp_path / "it.png", network.shipped.preprocessing)
+    np.testing.assert_array_equal(found, network.images[0])
+
+
+def test_export_says_what_is_wrong(command, capsys, exported, tmp_path):
+    line = refusal(command, capsys, "export", exported)
+    assert f"{exported / 'export'} exists; delete it, or give another" in line
+    line = refusal(command, capsys, "export", tmp_path / "new")
+    assert "run the same command with the mode `train` first" in line
+    line = refusal(command, capsys, "export", exported, "--config.export.directory=gs://bucket/it")
+    assert "give a local directory" in line
+    (tmp_path / "file").write_text("")
+    line = refusal(
+        command, capsys, "export", exported, f"--config.export.directory={tmp_path / 'file/it'}"
+    )
+    assert "cannot be written" in line
+
+
+def test_a_network_that_answers_otherwise_is_not_written(
+    command, capsys, exported, tmp_path, monkeypatch
+):
+    fold = export.fold
+
+    def wrong(*arguments):
+        structure, tensors = fold(*arguments)
+        tensors["logits"]["bias"] = tensors["logits"]["bias"] + np.arange(10, dtype=np.float32)
+        return structure, tensors
+
+    monkeypatch.setattr(export, "fold", wrong)
+    target = tmp_path / "wrong"
+    line = refusal(command, capsys, "export", exported, f"--config.export.directory={target}")
+    assert f"nothing was written to {target}: " in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_says_what_is_wrong(command, capsys, exported, photos, tmp_path):
+    def line(*arguments, workdir=exported):
+        return refusal(command, capsys, "predict", workdir, *arguments)
+
+    assert "config.predict.images is empty; give image files" in line()
+    assert f"there is no {tmp_path / 'none'}" in line(
+        f"--config.predict.images={tmp_path / 'none'}"
+    )
+    (tmp_path / "empty").mkdir()
+    assert "has no image (.bmp" in line(f"--config.predict.images={tmp_path / 'empty'}")
+    text = photos / "notes.txt"
+    assert f"{text} is no image that can be read" in line(f"--config.predict.images={text}")
+    encoded = (photos / "b.png").read_bytes()
+    (photos / "b.png").write_bytes(encoded[: len(encoded) // 2])
+    assert "b.png is no image that can be read" in line(f"--config.predict.images={photos}")
+    absent = line(f"--config.predict.images={photos}", workdir=tmp_path / "other")
+    assert "has no model.safetensors" in absent
+    assert "the mode `export` writes one" in absent
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"close": 0.9985}, "only 99.85% of the images agree"),
+        ({"turned": 2}, "2 of 1000 images are answered otherwise"),
+        ({"shipped": 0.501}, "the accuracy is 0.5010, that of training 0.5000"),
+    ],
+)
+def test_what_does_not_agree_is_told(changes, words):
+    found = Agreement(
+        **{
+            **{"images": 1000, "close": 0.9995, "largest": 0.1, "turned": 0},
+            **{"trained": 0.5, "shipped": 0.5004},
+            **changes,
+        }
+    )
+    problem = found.problem()
+    assert (problem is None) if words is None else (words in problem)

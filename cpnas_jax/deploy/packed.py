@@ -128,13 +128,11 @@ def count_digits(terms: Sequence[jax.Array]) -> list[jax.Array]:
 
 def at_least(digits: Sequence[jax.Array], bounds: Sequence[jax.Array]) -> jax.Array:
     """Return bit by bit whether a number reaches its bound; both as digits, the lowest first."""
-    greater: jax.Array | None = None
-    equal: jax.Array | None = None
-    for own, bound in zip(reversed(digits), reversed(bounds), strict=True):
-        more, same = own & ~bound, ~(own ^ bound)
-        greater = more if greater is None else greater | (equal & more)
-        equal = same if equal is None else equal & same
-    assert greater is not None
+    highest, *lower = zip(reversed(digits), reversed(bounds), strict=True)
+    greater, equal = highest[0] & ~highest[1], ~(highest[0] ^ highest[1])
+    for own, bound in lower:
+        greater = greater | (equal & own & ~bound)
+        equal = equal & ~(own ^ bound)
     return greater | equal
 
 
@@ -210,7 +208,7 @@ def depthwise(step: Step, tensors: Tensors, x: jax.Array) -> jax.Array:
     return real.shifted_depthwise_sums(step, jnp.asarray(tensors["kernel"]), x, 0.0)
 
 
-STEPS = {
+STEPS: dict[str, real.RealStep] = {
     **real.COMMON,
     "convolution": real.shifted_convolution,
     "max_pool": real.shifted_max_pool,

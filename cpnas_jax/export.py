@@ -76,13 +76,21 @@ class Agreement:
 
 
 def export_directory(config: config_dict.ConfigDict, workdir: str | os.PathLike[str]) -> Any:
-    """Return where an exported network goes, and is looked for: `config.export.directory`."""
+    """Return where an exported network goes, and is looked for: `config.export.directory`.
+
+    Raises:
+        UserError: it is not on this machine.
+    """
     given = config.export.directory
-    return (
-        user_path("config.export.directory", given)
-        if given
-        else (user_path("--workdir", workdir) / "export")
-    )
+    # What reads the directory later has no storage but this machine's.
+    if "://" in (given or os.fspath(workdir)):
+        raise UserError(
+            f"config.export.directory is {given!r}, --workdir {os.fspath(workdir)!r}; an exported "
+            "network is in a local directory: give one, and copy it"
+        )
+    if given:
+        return user_path("config.export.directory", given)
+    return user_path("--workdir", workdir) / "export"
 
 
 def export_mode(
@@ -121,10 +129,6 @@ def export_mode(
 
 
 def _refuse_present(target: Any) -> None:
-    if "://" in os.fspath(target):
-        raise UserError(
-            f"config.export.directory is {os.fspath(target)!r}; give a local directory, and copy it"
-        )
     if target.exists():
         raise UserError(f"{target} exists; delete it, or give another --config.export.directory")
 

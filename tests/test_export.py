@@ -129,7 +129,7 @@ def test_export_says_what_is_wrong(command, capsys, exported, tmp_path):
     line = refusal(command, capsys, "export", tmp_path / "new")
     assert "run the same command with the mode `train` first" in line
     line = refusal(command, capsys, "export", exported, "--config.export.directory=gs://bucket/it")
-    assert "give a local directory" in line
+    assert "an exported network is in a local directory" in line
     (tmp_path / "file").write_text("")
     line = refusal(
         command, capsys, "export", exported, f"--config.export.directory={tmp_path / 'file/it'}"

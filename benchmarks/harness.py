@@ -119,7 +119,7 @@ def spread_text(found: dict) -> str:
     return f"{found['median']:.3f} [{found['min']:.3f}, {found['max']:.3f}]"
 
 
-def machine_facts(torch: Torch, load_before: float) -> dict:
+def machine_facts(load_before: float, torch: Torch | None = None) -> dict:
     """Return what the figures depend on."""
     with open("/proc/cpuinfo") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
@@ -129,6 +129,6 @@ def machine_facts(torch: Torch, load_before: float) -> dict:
         "backend": jax.default_backend(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        **torch.facts,
+        **({} if torch is None else torch.facts),
         "load_average": {"before": load_before, "after": os.getloadavg()[0]},
     }

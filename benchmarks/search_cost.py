@@ -431,7 +431,7 @@ def summarise(
         "memory": memory,
         "differences_to_pytorch": differences,
         "sizes": {key: value for key, value in vars(flags).items() if key != "torch_python"},
-        "machine": machine_facts(benchmark.torch, load_before),
+        "machine": machine_facts(load_before, benchmark.torch),
     }
 
 

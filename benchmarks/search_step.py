@@ -289,7 +289,7 @@ def summarise(
         "differences_to_general": differences,
         "architectures": [a.tolist() for a in benchmark.architectures],
         "sizes": {key: value for key, value in vars(flags).items() if key != "torch_python"},
-        "machine": machine_facts(benchmark.torch, load_before),
+        "machine": machine_facts(load_before, benchmark.torch),
     }
 
 

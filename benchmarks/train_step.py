@@ -300,7 +300,7 @@ def summarise(
         "sizes": {
             key: value for key, value in vars(benchmark.flags).items() if key != "torch_python"
         },
-        "machine": machine_facts(benchmark.torch, load_before),
+        "machine": machine_facts(load_before, benchmark.torch),
     }
 
 

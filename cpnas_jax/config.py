@@ -153,11 +153,13 @@ def base_config() -> config_dict.ConfigDict:
 
     config.export = export = config_dict.ConfigDict()  # all of it [ours]
     export.directory = ""  # that `export` writes and `predict` reads; "" is `export` in --workdir
+    export.iree = ()  # compiled ahead for host, aarch64 too; needs the extra `iree`
 
     config.predict = predict = config_dict.ConfigDict()  # all of it [ours]
     predict.images = ""  # image files and folders, with commas between
     predict.top = 5  # likeliest classes that are told
     predict.format = "table"  # or json
+    predict.engine = "xla"  # or iree, where it was exported for host
     predict.batch_size = 64  # images that are classified together
 
     config.binarizer = binarizer = config_dict.ConfigDict()

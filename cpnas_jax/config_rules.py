@@ -10,6 +10,7 @@ from ml_collections import config_dict
 
 from cpnas_jax.architecture.genotype import EDGE_POLICIES
 from cpnas_jax.architecture.plus import MEASURES
+from cpnas_jax.deploy.iree_engine import TARGETS
 from cpnas_jax.models.binarize import ESTIMATORS, PAD_VALUES, WEIGHT_SCALES
 from cpnas_jax.models.blocks import Levers
 from cpnas_jax.models.layers import FORMULATIONS
@@ -140,9 +141,14 @@ RULES = {
     "evaluate.checkpoint": _one_of(("last", "best")),
     "evaluate.batch_size": _integer(1),
     "export.directory": Rule(lambda v: isinstance(v, str), "a directory, or empty"),
+    "export.iree": Rule(
+        lambda v: _is_several(v, lambda name: name in TARGETS),
+        f"a tuple, empty or of different names of {', '.join(TARGETS)}",
+    ),
     "predict.images": Rule(lambda v: isinstance(v, str), "files and folders, commas between"),
     "predict.top": _integer(1),
     "predict.format": _one_of(("table", "json")),
+    "predict.engine": _one_of(("xla", "iree")),
     "predict.batch_size": _integer(1),
     "runtime.checkpoint_every": _integer(0),
     "runtime.stall_seconds": _number(0),

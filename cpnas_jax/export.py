@@ -19,8 +19,9 @@ from ml_collections import config_dict
 
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.data.augment import normalise
-from cpnas_jax.deploy import artefact
+from cpnas_jax.deploy import artefact, iree_engine
 from cpnas_jax.deploy.artefact import ArtefactError, Program, Shipped
+from cpnas_jax.deploy.iree_engine import IreeError
 from cpnas_jax.feed import Feed
 from cpnas_jax.feeds import open_feed
 from cpnas_jax.folding import fold
@@ -37,7 +38,7 @@ from cpnas_jax.trained import directory_name, refuse_other, resolve_genotype
 CHECKED = 16
 """Images that `selfcheck.npz` holds."""
 
-CLOSE, MARGIN = 1e-4, 1e-3
+CLOSE, MARGIN = artefact.SAME, 1e-3
 """Logits that are the same; a lead that the first class must have for its answer to be compared."""
 
 LEAST_CLOSE, LARGEST_LOSS = 0.999, 0.0005
@@ -109,6 +110,7 @@ def export_mode(
     """
     genotype = resolve_genotype(config, workdir)
     target = export_directory(config, workdir)
+    _require_iree(config)
     processes.first_alone(lambda: _refuse_present(target))
     with Workdir(workdir) as directory:
         refuse_other(config, directory, "evaluate.split", "evaluate.examples")
@@ -126,6 +128,17 @@ def export_mode(
             processes.first_alone(
                 lambda: _export(config, directory, reporter, genotype, feed, variables, target)
             )
+
+
+def _require_iree(config: config_dict.ConfigDict) -> None:
+    """Refuse what would fail for a missing package when all else is done."""
+    parts = ["compiler"] * bool(config.export.iree)
+    parts += ["runtime"] * (iree_engine.HOST in config.export.iree)
+    for part in parts:
+        try:
+            iree_engine.require(part)
+        except IreeError as error:
+            raise UserError(f"config.export.iree is {config.export.iree!r}, and {error}") from error
 
 
 def _refuse_present(target: Any) -> None:
@@ -163,7 +176,7 @@ def _export(
             raise ArtefactError(f"nothing was written to {target}: {problem}")
 
     try:
-        artefact.write(shipped, pathlib.Path(target), images, check)
+        artefact.write(shipped, pathlib.Path(target), images, check, config.export.iree)
     except ArtefactError as error:
         raise UserError(str(error)) from error
     size = (pathlib.Path(target) / artefact.MODEL).stat().st_size

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from scipy import special
 from cpnas_jax.data import views
 from cpnas_jax.data.decode import MODES, decode_images
 from cpnas_jax.deploy import artefact
-from cpnas_jax.deploy.artefact import ArtefactError, Program
+from cpnas_jax.deploy.artefact import ArtefactError, Shipped
+from cpnas_jax.deploy.iree_engine import IreeError
 from cpnas_jax.export import export_directory
 from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.console import Reporter
@@ -43,20 +44,44 @@ def _predict(
     config: config_dict.ConfigDict, workdir: str | os.PathLike[str], reporter: Reporter
 ) -> None:
     directory, options = export_directory(config, workdir), config.predict
-    try:
-        network = artefact.open_program(os.fspath(directory))
-    except ArtefactError as error:
-        raise UserError(f"{error}; the mode `export` writes one") from error
+    shipped, network = open_engine(directory, options.engine)
     files = image_files(options.images)
     answers = []
-    for paths, images in _read(files, network.shipped.preprocessing, options.batch_size):
-        answers += answers_of(network, paths, images, options.top)
+    for paths, images in _read(files, shipped.preprocessing, options.batch_size):
+        answers += answers_of(network(images), paths, shipped.classes, options.top)
     if options.format == "json":
         reporter.say(json.dumps(answers, indent=1))
         return
     for answer in answers:
         lines = [f"  {own['probability']:.3f}  {own['name']}" for own in answer["classes"]]
         reporter.say("\n".join([answer["image"], *lines]))
+
+
+def open_engine(
+    directory: str | os.PathLike[str], engine: str
+) -> tuple[Shipped, Callable[[np.ndarray], np.ndarray]]:
+    """Open an exported network with what runs it.
+
+    Args:
+        directory: that `export` wrote.
+        engine: `xla`, or `iree` where it was exported with `config.export.iree`.
+
+    Returns:
+        What is shipped; the function from uint8[n, H, W, C] to f32[n, classes].
+
+    Raises:
+        UserError: there is no such network, it is damaged, or the package of the engine is missing.
+    """
+    try:
+        if engine == "xla":
+            program = artefact.open_program(directory)
+            return program.shipped, program
+        return artefact.read(directory), artefact.open_iree(directory)
+    except IreeError as error:
+        raise UserError(f"config.predict.engine is {engine!r}, and {error}") from error
+    except ArtefactError as error:
+        hint = "" if engine == "xla" else ", with IREE by --config.export.iree=\"('host',)\""
+        raise UserError(f"{error}; the mode `export` writes one{hint}") from error
 
 
 def image_files(given: str) -> list[pathlib.Path]:
@@ -140,11 +165,10 @@ def _whole(encoded: bytes, height: int, width: int, channels: int) -> np.ndarray
 
 
 def answers_of(
-    network: Program, paths: list[pathlib.Path], images: np.ndarray, top: int
+    logits: np.ndarray, paths: list[pathlib.Path], names: Sequence[str], top: int
 ) -> list[dict[str, Any]]:
     """Return the likeliest classes of images with their probabilities."""
-    probabilities = special.softmax(network(images).astype(np.float64), axis=1)
-    names = network.shipped.classes
+    probabilities = special.softmax(logits.astype(np.float64), axis=1)
     return [
         {
             "image": str(path),

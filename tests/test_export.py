@@ -1,6 +1,7 @@
 """The modes `export` and `predict`, from the command line, after the smallest training."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -137,6 +138,20 @@ def test_export_says_what_is_wrong(command, capsys, exported, tmp_path):
     assert "cannot be written" in line
 
 
+def test_a_missing_iree_is_told_before_anything_is_done(command, capsys, exported, monkeypatch):
+    for part in ("compiler", "runtime"):
+        monkeypatch.setitem(sys.modules, f"iree.{part}", None)
+    target = exported / "other"
+    line = refusal(
+        *(command, capsys, "export", exported, f"--config.export.directory={target}"),
+        "--config.export.iree=('host',)",
+    )
+    assert "config.export.iree is ('host',), and the package iree-base-compiler is missing" in line
+    assert not target.exists()
+    line = refusal(command, capsys, "export", exported, "--config.export.iree=('riscv',)")
+    assert "different names of host, aarch64" in line
+
+
 def test_a_network_that_answers_otherwise_is_not_written(
     command, capsys, exported, tmp_path, monkeypatch
 ):
@@ -172,6 +187,9 @@ def test_predict_says_what_is_wrong(command, capsys, exported, photos, tmp_path)
     absent = line(f"--config.predict.images={photos}", workdir=tmp_path / "other")
     assert "has no model.safetensors" in absent
     assert "the mode `export` writes one" in absent
+    ahead = line(f"--config.predict.images={photos}", "--config.predict.engine=iree")
+    assert "has no model.host.vmfb" in ahead
+    assert "with IREE by --config.export.iree=" in ahead
 
 
 @pytest.mark.parametrize(

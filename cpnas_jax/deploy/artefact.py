@@ -15,7 +15,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,8 +24,9 @@ from jax import export
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from cpnas_jax.deploy import program
+from cpnas_jax.deploy import iree_engine, program
 from cpnas_jax.deploy.bits import from_bytes, to_bytes
+from cpnas_jax.deploy.iree_engine import IreeError, IreeProgram
 from cpnas_jax.deploy.program import AllTensors
 from cpnas_jax.deploy.structure import Spec, Structure, steps
 
@@ -33,6 +34,9 @@ FORMAT = "cpnas_jax"
 VERSION = 1
 MODEL, PROGRAM, CHECK = "model.safetensors", "model.stablehlo", "selfcheck.npz"
 GENOTYPE, README = "genotype.json", "README.md"
+SAME = 1e-4
+"""Logits of two engines that are the same."""
+
 FIELDS = {
     "format": "always cpnas_jax",
     "format_version": "of this layout; a reader refuses those it does not know",
@@ -146,6 +150,7 @@ def write(
     directory: str | os.PathLike[str],
     images: np.ndarray,
     check: Callable[["Program"], None] | None = None,
+    iree: Iterable[str] = (),
 ) -> None:
     """Write the directory, whole or not at all.
 
@@ -154,9 +159,12 @@ def write(
         directory: that does not exist yet.
         images: uint8[n, H, W, C] that `selfcheck.npz` keeps with their answers.
         check: called with what was written, read back; if it raises, nothing is left.
+        iree: of `iree_engine.TARGETS`, what IREE compiles the network for beside it; what it
+            compiles for this machine is run on `images`.
 
     Raises:
-        ArtefactError: it exists, or it cannot be written.
+        ArtefactError: it exists, or it cannot be written; IREE cannot compile it, or what it
+            compiled answers otherwise.
     """
     target = pathlib.Path(directory)
     if target.exists():
@@ -167,18 +175,32 @@ def write(
     except OSError as error:
         raise ArtefactError(f"{target} cannot be written ({error.strerror or error})") from error
     try:
-        _write_files(shipped, scratch, images)
+        _write_files(shipped, scratch, images, tuple(iree))
+        written = open_program(scratch)
+        if iree_engine.HOST in iree:
+            _check_iree(open_iree(scratch), written)
         if check is not None:
-            check(open_program(scratch))
+            check(written)
         scratch.chmod(0o755)
         os.replace(scratch, target)
     except OSError as error:
         raise ArtefactError(f"{target} cannot be written ({error.strerror or error})") from error
+    except IreeError as error:
+        raise ArtefactError(f"nothing was written to {target}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write_files(shipped: Shipped, directory: pathlib.Path, images: np.ndarray) -> None:
+def _check_iree(found: IreeProgram, written: "Program") -> None:
+    difference = float(np.abs(found(written.images) - written.expected).max())
+    # A sign of a sum that is rounded otherwise would change much more.
+    if difference > SAME:
+        raise IreeError(f"what IREE compiled gives logits that differ by {difference:.1e}")
+
+
+def _write_files(
+    shipped: Shipped, directory: pathlib.Path, images: np.ndarray, iree: tuple[str, ...]
+) -> None:
     network = program.exported(shipped.structure, shipped.tensors)
     check = io.BytesIO()
     np.savez(check, images=images, logits=np.asarray(network.call(images)))
@@ -187,6 +209,9 @@ def _write_files(shipped: Shipped, directory: pathlib.Path, images: np.ndarray) 
         CHECK: check.getvalue(),
         GENOTYPE: (json.dumps(shipped.genotype, indent=1) + "\n").encode(),
     }
+    for target in iree:
+        own = iree_engine.compiled(shipped.structure, shipped.tensors, target)
+        files[iree_engine.file_name(target)] = own
     stored = blobs(shipped.structure, shipped.tensors)
     pad = shipped.structure.pad_value
     metadata = {
@@ -205,13 +230,23 @@ def _write_files(shipped: Shipped, directory: pathlib.Path, images: np.ndarray) 
     metadata["digest"] = _digest(stored, metadata)
     assert set(metadata) == set(FIELDS)
     files[MODEL] = save(stored, metadata)
-    files[README] = readme(shipped).encode()
+    files[README] = readme(shipped, iree).encode()
     for name, data in files.items():
         (directory / name).write_bytes(data)
 
 
-def readme(shipped: Shipped) -> str:
-    """Return the text that tells people what the directory is."""
+def readme(shipped: Shipped, iree: Iterable[str] = ()) -> str:
+    """Return the text that tells people what the directory is.
+
+    Args:
+        shipped: the network.
+        iree: what IREE compiled it for.
+    """
+    ahead = "".join(
+        f"| {iree_engine.file_name(target)} | the same for one image, compiled by IREE for "
+        f"{'the machine that exported it' if target == iree_engine.HOST else target} |\n"
+        for target in iree
+    )
     height, width, channels = shipped.structure.image
     kind = "A 1-bit child" if shipped.structure.binary else "A float parent"
     classes, platforms = shipped.structure.num_classes, ", ".join(program.PLATFORMS)
@@ -230,7 +265,7 @@ Takes uint8[n, {height}, {width}, {channels}] images, any n, and gives f32[n, {c
 | {PROGRAM} | the network as a StableHLO program for {platforms}: `jax.export.deserialize` |
 | {GENOTYPE} | the cells |
 | {CHECK} | images and the logits that they must give |
-
+{ahead}
 Preprocessing of an image file: {json.dumps(dict(shipped.preprocessing))}.
 """
 
@@ -342,6 +377,22 @@ def open_program(directory: str | os.PathLike[str]) -> Program:
     except Exception as error:
         raise ArtefactError(f"{base} cannot be read ({_line(error)}); export it again") from error
     return Program(shipped, network, images, expected)
+
+
+def open_iree(directory: str | os.PathLike[str]) -> IreeProgram:
+    """Return the program that IREE compiled for this machine.
+
+    Raises:
+        ArtefactError: see `read`; there is none, or it is damaged or altered.
+        IreeError: IREE's runtime is missing, or cannot load it.
+    """
+    base = pathlib.Path(directory)
+    digests = _read(base)[1]
+    name = iree_engine.file_name(iree_engine.HOST)
+    if name not in digests:
+        raise ArtefactError(f"{base} has no {name}; export it with IREE for {iree_engine.HOST!r}")
+    _checked(base, name, digests)
+    return IreeProgram(base / name)
 
 
 def _line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Latency, throughput, memory and size of exported networks: 1-bit child against float parent.
 
-Both have the cells of a genotype and are exported as the mode `export` does it, with weights as they
-are initialised: no time depends on their values. Forms, each a process of its own:
+Both have the cells of a genotype and are exported as the mode `export` does it, with weights as
+they are initialised: no time depends on their values. Forms, each a process of its own:
 
     float   the float parent: sums over shifted slices and dots, what XLA runs best on a CPU
     signed  the child in the same formulation, its signs as floats -1 and +1
@@ -11,8 +11,9 @@ are initialised: no time depends on their values. Forms, each a process of its o
     python benchmarks/inference.py [--genotype PC_DARTS_CIFAR] [--cells 10] [--channels 36]
 
 All on one core. Blocks of calls alternate between the forms, never two at once. A table, then one
-JSON object as the last line; ratios are of the blocks of one turn. `peak_resident_bytes` are of the process while it answers, libraries
-and what compiling left behind included; hence XLA's own account of the program beside it.
+JSON object as the last line; ratios are of the blocks of one turn. `peak_resident_bytes` are of the
+process while it answers, libraries and what compiling left behind included; hence XLA's own account
+of the program beside it.
 """
 
 import argparse

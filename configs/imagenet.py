@@ -12,7 +12,7 @@ from ml_collections import config_dict
 
 from cpnas_jax.config import apply_argument, base_config
 
-MODES = ("train", "evaluate", "summary", "report")
+MODES = ("train", "evaluate", "summary", "report", "export", "predict")
 
 
 def get_config(argument: str | None = None) -> config_dict.ConfigDict:

@@ -275,9 +275,8 @@ _OTHERS = {
     "search": (
         *("network.", "train.", "evaluate.", "dataset.cutout", "dataset.color_jitter"),
         *("dataset.stream", "dataset.crop_area", "dataset.central_crop", "compare."),
-        *("export.", "predict."),
     ),
-    "train": ("search.", "compare.", "export.", "predict."),
+    "train": ("search.", "compare."),
 }
 # What some strategies alone read.
 _GRADIENT = ("epochs", "alpha_learning_rate", "alpha_weight_decay")
@@ -317,6 +316,8 @@ _INDIFFERENT = (
     "search.collapse_share",
     "evaluate.checkpoint",
     "evaluate.batch_size",
+    *("export.directory", "export.iree"),
+    *("predict.images", "predict.top", "predict.format", "predict.engine", "predict.batch_size"),
     "runtime.tensorboard",
     "runtime.compilation_cache",
 )

@@ -180,6 +180,8 @@ def test_a_batch_that_devices_do_not_divide(mode, words):
 
 INDIFFERENT = {
     *("compare.strategies", "compare.seeds", "compare.beta_p", "search.collapse_share"),
+    *("export.directory", "export.iree"),
+    *("predict.images", "predict.top", "predict.format", "predict.engine", "predict.batch_size"),
     # Other strategies' than the one that is chosen.
     *OF_GRADIENT,
     *OF_SAMPLED,

@@ -169,7 +169,7 @@ READ_ELSEWHERE = {
 }
 
 
-OTHERS = ("search.", "compare.", "binarizer.")
+OTHERS = ("search.", "compare.", "binarizer.", "export.", "predict.")
 
 
 def test_every_key_of_a_training_is_read(trained):

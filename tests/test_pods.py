@@ -65,7 +65,10 @@ def alone(files, mode, workdir, devices):
     )[0]
 
 
-@pytest.fixture(scope="module", params=MODES)
+# A training on two processes is among the slow tests of faults too (kills.py, 2 x 2).
+@pytest.fixture(
+    scope="module", params=["search", pytest.param("train", marks=pytest.mark.slow)]
+)
 def mode(request):
     return request.param
 

@@ -1,5 +1,6 @@
 """Searches by other strategies than `cp`: what they ask of their networks, and what is checked."""
 
+import copy
 import json
 
 import numpy as np
@@ -31,6 +32,15 @@ class Remembers(Oracle):
 
 
 draws = []
+
+
+def log_of_a_run(tmp_path_factory, networks=Oracle, **settings):
+    """The lines of a search that several tests alter."""
+    workdir = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        replace_data(patch)
+        run(patch, workdir, networks, **settings)
+    return log_of(workdir)
 
 
 def events(workdir, kind):
@@ -75,7 +85,8 @@ def test_a_random_search_trains_each_candidate_from_fresh_weights(monkeypatch, t
         assert all(architecture == own[0] for architecture in own)
 
 
-@pytest.mark.parametrize("epoch", [3, 4, 5])
+# In the middle of a candidate, and in its last epoch.
+@pytest.mark.parametrize("epoch", [3, 4])
 def test_a_stopped_random_search_ends_as_if_it_had_not_been(monkeypatch, tmp_path, epoch):
     class Stops(Remembers):
         def train(self, model, architectures, number, sums):
@@ -105,10 +116,14 @@ class TestReplayOfARandomSearch:
         config.search.update(strategy="random_search", candidates=5, rounds=1, operations=FIVE)
         return sampled_strategy(config)
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def log(cls, tmp_path_factory):
+        return log_of_a_run(tmp_path_factory, strategy="random_search", candidates=5)
+
     @pytest.fixture
-    def lines(self, monkeypatch, tmp_path):
-        run(monkeypatch, tmp_path, strategy="random_search", candidates=5)
-        return log_of(tmp_path)
+    def lines(self, log):
+        return copy.deepcopy(log)
 
     def test_it_is_accepted_as_far_as_it_goes(self, strategy, lines):
         assert isinstance(strategy, RandomSearch)
@@ -220,10 +235,14 @@ class TestReplayOfCpPlus:
         config.search.update(rounds=1, operations=FIVE, **PLUS)
         return sampled_strategy(config)
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def log(cls, tmp_path_factory):
+        return log_of_a_run(tmp_path_factory, Noisy, edge_policy="top2", **PLUS)
+
     @pytest.fixture
-    def lines(self, monkeypatch, tmp_path):
-        run(monkeypatch, tmp_path, Noisy, edge_policy="top2", **PLUS)
-        return log_of(tmp_path)
+    def lines(self, log):
+        return copy.deepcopy(log)
 
     def test_it_is_accepted_as_far_as_it_goes(self, strategy, lines):
         assert replay(lines, strategy).finished

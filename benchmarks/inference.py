@@ -85,7 +85,8 @@ class Worker:
         self._process = subprocess.Popen(
             [
                 *(sys.executable, __file__, f"--worker={form}", f"--directory={directory}"),
-                f"--batches={','.join(map(str, batches))}",
+                "--batches",
+                *map(str, batches),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -153,7 +154,7 @@ def measure(flags: argparse.Namespace) -> dict:
     from harness import machine_facts, progress, spread
 
     load = os.getloadavg()[0]
-    forms = [form for form in FORMS if form != "iree" or importlib.util.find_spec("iree")]
+    forms = [form for form in flags.forms if form != "iree" or importlib.util.find_spec("iree")]
     with tempfile.TemporaryDirectory() as scratch:
         base = pathlib.Path(scratch)
         sizes = export_both(flags, base, "iree" in forms)
@@ -251,10 +252,8 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--plus", action="store_true", help="with the levers of `plus`")
     parser.add_argument("--repeats", type=int, default=15)
-    numbers = functools.partial(map, int)
-    parser.add_argument(
-        "--batches", type=lambda text: list(numbers(text.split(","))), default=list(BATCHES)
-    )
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--core", type=int, help="the one that is used; else the first allowed")
     parser.add_argument("--worker", choices=FORMS, help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)

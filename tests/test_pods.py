@@ -66,9 +66,7 @@ def alone(files, mode, workdir, devices):
 
 
 # A training on two processes is among the slow tests of faults too (kills.py, 2 x 2).
-@pytest.fixture(
-    scope="module", params=["search", pytest.param("train", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=["search", pytest.param("train", marks=pytest.mark.slow)])
 def mode(request):
     return request.param
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import export, lax
 
 from cpnas_jax.deploy import packed, signed
+from cpnas_jax.deploy.apart import apart
 from cpnas_jax.deploy.structure import Step, Structure, steps
 
 ENGINES: dict[str, Mapping[str, Callable[..., Any]]] = {
@@ -17,10 +18,15 @@ ENGINES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "signed": signed.STEPS,
     "signed on cpu": signed.ON_CPU,
 }
+_ON_CPU = ("packed", "signed on cpu")
 PLATFORMS = ("cpu", "cuda", "tpu")
 """What exported programs are lowered for."""
 
 _BINARY = ("binary_depthwise", "binary_pointwise")
+_APART = (
+    *("sign", *_BINARY, "signed_depthwise", "depthwise", "convolution", "max_pool", "avg_pool"),
+)
+"""Steps that XLA:CPU must not compute again for each place that reads them."""
 
 AllTensors = Mapping[str, Mapping[str, np.ndarray]]
 """Name of a step -> field -> tensor; bits as bool."""
@@ -30,10 +36,12 @@ def take(
     structure: Structure, step: Step, tensors: Mapping[str, Any], values: list[Any], engine: str
 ) -> jax.Array:
     """Take one step with an engine."""
-    function = ENGINES[engine][step.op]
+    function: Callable[..., jax.Array] = functools.partial(ENGINES[engine][step.op], step, tensors)
     if step.op in _BINARY:
-        return function(step, tensors, *values, pad_value=structure.pad_value)
-    return function(step, tensors, *values)
+        function = functools.partial(function, pad_value=structure.pad_value)
+    if step.op in _APART and engine in _ON_CPU:
+        function = apart(function)
+    return function(*values)
 
 
 def logits(structure: Structure, tensors: AllTensors, images: jax.Array, engine: str) -> jax.Array:

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,16 +19,18 @@ PAUSE = 0.05
 """Seconds between steps, for the threads of the form before to fall asleep."""
 
 
-class Torch:
-    """A PyTorch worker: one line there, one line back."""
+class Worker:
+    """A process that answers a line of JSON with a line of JSON.
 
-    def __init__(self, python: str, script: str) -> None:
-        path = pathlib.Path(__file__).with_name(script)
+    Attributes:
+        facts: what it says by itself when it is ready.
+    """
+
+    def __init__(self, command: Sequence[str], hint: str = "see above") -> None:
+        """Start it; `hint` is told where it ends too soon."""
+        self._hint = hint
         self._process = subprocess.Popen(
-            [python, str(path), str(num_cores())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.facts = self._answer()
 
@@ -45,8 +48,18 @@ class Torch:
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit("the PyTorch worker ended; --torch-python names a Python with PyTorch")
+            raise SystemExit(f"a worker ended; {self._hint}")
         return json.loads(line)
+
+
+class Torch(Worker):
+    """A PyTorch worker."""
+
+    def __init__(self, python: str, script: str) -> None:
+        path = pathlib.Path(__file__).with_name(script)
+        super().__init__(
+            [python, str(path), str(num_cores())], "--torch-python names a Python with PyTorch"
+        )
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ they are initialised: no time depends on their values. Forms, each a process of 
     iree    the same, compiled ahead by IREE, one image at a time; where the extra is installed
 
     python benchmarks/inference.py [--genotype PC_DARTS_CIFAR] [--cells 10] [--channels 36]
+    python benchmarks/inference.py --profile
 
 All on one core. Blocks of calls alternate between the forms, never two at once. A table, then one
 JSON object as the last line; ratios are of the blocks of one turn. `peak_resident_bytes` are of the
@@ -17,11 +18,13 @@ of the program beside it.
 """
 
 import argparse
+import collections
 import functools
+import gzip
 import json
 import os
 import pathlib
-import subprocess
+import re
 import sys
 import tempfile
 import time
@@ -78,38 +81,53 @@ def answer(form: str, directory: str, batches: list[int]) -> None:
         print(json.dumps({"seconds": seconds, "peak": peak_bytes()}), flush=True)
 
 
-class Worker:
-    """A process that answers by one form."""
+def profile(flags: argparse.Namespace) -> dict:
+    """Return the microseconds of each kind of step of the child, by XLA's own trace; batch 1."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
 
-    def __init__(self, form: str, directory: pathlib.Path, batches: list[int]) -> None:
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, __file__, f"--worker={form}", f"--directory={directory}"),
-                "--batches",
-                *map(str, batches),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.facts = self._answer()
+    from cpnas_jax.deploy import artefact, program
 
-    def block(self, batch: int, calls: int) -> dict:
-        """Run some calls; give seconds of one, and the peak."""
-        self._process.stdin.write(json.dumps({"batch": batch, "calls": calls}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+    report: dict = {"benchmark": "inference profile", "microseconds": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        base = pathlib.Path(scratch)
+        export_both(flags, base, iree=False)
+        for form, name, engine in (
+            ("float", "parent", "signed on cpu"),
+            ("signed", "child", "signed on cpu"),
+            ("packed", "child", "packed"),
+        ):
+            shipped = artefact.read(base / name)
+            network = functools.partial(
+                program.logits, shipped.structure, shipped.tensors, engine=engine
+            )
+            like = jax.ShapeDtypeStruct((1, *shipped.structure.image), jnp.uint8)
+            compiled = jax.jit(network).lower(like).compile()
+            image = np.zeros(like.shape, np.uint8)
+            jax.block_until_ready(compiled(image))
+            with jax.profiler.trace(base / form, create_perfetto_trace=True):
+                for _ in range(flags.repeats):
+                    jax.block_until_ready(compiled(image))
+            (path,) = (base / form).rglob("perfetto_trace.json.gz")
+            found = by_step(json.loads(gzip.decompress(path.read_bytes())), compiled.as_text())
+            of_one = {step: round(own / flags.repeats, 1) for step, own in found.most_common()}
+            report["microseconds"][form] = of_one
+    return report
 
-    def close(self) -> None:
-        """End it."""
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
 
-    def _answer(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("a worker ended; see above")
-        return json.loads(line)
+def by_step(trace: dict | list, text: str) -> collections.Counter[str]:
+    """Return step -> microseconds of a trace, by the names that a program's text gives."""
+    # %name = type op(...), metadata={op_name="jit(logits)/<step>/..."}
+    pattern = re.compile(r'%([\w.-]+) = .*op_name="jit\(\w+\)/(\w+)')
+    steps = {name: step for name, step in pattern.findall(text)}
+    found: collections.Counter[str] = collections.Counter()
+    for event in trace["traceEvents"] if isinstance(trace, dict) else trace:
+        name = event.get("args", {}).get("hlo_op")
+        # A call holds the events of what it calls.
+        if event.get("ph") == "X" and name is not None and not name.startswith("jit_"):
+            found[steps.get(name, "other")] += event["dur"]
+    return found
 
 
 def export_both(flags: argparse.Namespace, base: pathlib.Path, iree: bool) -> dict[str, int]:
@@ -151,7 +169,7 @@ def measure(flags: argparse.Namespace) -> dict:
     import importlib.util
 
     import numpy as np
-    from harness import machine_facts, progress, spread
+    from harness import Worker, machine_facts, progress, spread
 
     load = os.getloadavg()[0]
     forms = [form for form in flags.forms if form != "iree" or importlib.util.find_spec("iree")]
@@ -160,7 +178,13 @@ def measure(flags: argparse.Namespace) -> dict:
         sizes = export_both(flags, base, "iree" in forms)
         progress("exported")
         workers = {
-            form: Worker(form, base / ("parent" if form == "float" else "child"), flags.batches)
+            form: Worker(
+                [
+                    *(sys.executable, __file__, f"--worker={form}"),
+                    f"--directory={base / ('parent' if form == 'float' else 'child')}",
+                    *("--batches", *map(str, flags.batches)),
+                ]
+            )
             for form in forms
         }
         try:
@@ -207,13 +231,13 @@ def measure(flags: argparse.Namespace) -> dict:
     return report
 
 
-def _blocks(workers: dict[str, Worker], batch: int, repeats: int) -> dict[str, list[dict]]:
-    first = {form: worker.block(batch, 1)["seconds"] for form, worker in workers.items()}
+def _blocks(workers: dict, batch: int, repeats: int) -> dict[str, list[dict]]:
+    first = {form: worker.ask(batch=batch, calls=1)["seconds"] for form, worker in workers.items()}
     calls = {form: max(1, round(SECONDS / seconds)) for form, seconds in first.items()}
     found: dict[str, list[dict]] = {form: [] for form in workers}
     for _ in range(repeats):
         for form, worker in workers.items():
-            found[form].append(worker.block(batch, calls[form]))
+            found[form].append(worker.ask(batch=batch, calls=calls[form]))
     return found
 
 
@@ -243,6 +267,16 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def profile_table(report: dict) -> str:
+    """Return shares of the time by kind of step."""
+    lines = []
+    for form, found in report["microseconds"].items():
+        whole = sum(found.values())
+        shares = ", ".join(f"{step} {own / whole:.0%}" for step, own in found.items())
+        lines.append(f"{form}: {whole / 1e3:.2f} ms: {shares}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print a table and a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -255,6 +289,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--core", type=int, help="the one that is used; else the first allowed")
+    parser.add_argument("--profile", action="store_true", help="time by kind of step instead")
     parser.add_argument("--worker", choices=FORMS, help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -264,8 +299,8 @@ def main() -> None:
     if flags.worker:
         answer(flags.worker, flags.directory, flags.batches)
         return
-    report = measure(flags)
-    print(table(report))
+    report = profile(flags) if flags.profile else measure(flags)
+    print(profile_table(report) if flags.profile else table(report))
     print(json.dumps(report))
 
 

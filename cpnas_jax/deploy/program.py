@@ -41,7 +41,9 @@ def take(
         function = functools.partial(function, pad_value=structure.pad_value)
     if step.op in _APART and engine in _ON_CPU:
         function = apart(function)
-    return function(*values)
+    # Profiles and error messages of XLA name the step.
+    with jax.named_scope(step.op):
+        return function(*values)
 
 
 def logits(structure: Structure, tensors: AllTensors, images: jax.Array, engine: str) -> jax.Array:

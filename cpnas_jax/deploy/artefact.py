@@ -212,6 +212,20 @@ def _write_files(
     for target in iree:
         own = iree_engine.compiled(shipped.structure, shipped.tensors, target)
         files[iree_engine.file_name(target)] = own
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files[MODEL] = model_file(shipped, digests)
+    files[README] = readme(shipped, iree).encode()
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+
+
+def model_file(shipped: Shipped, digests: Mapping[str, str]) -> bytes:
+    """Return the content of `model.safetensors`.
+
+    Args:
+        shipped: the network.
+        digests: SHA-256 of the directory's other files.
+    """
     stored = blobs(shipped.structure, shipped.tensors)
     pad = shipped.structure.pad_value
     metadata = {
@@ -223,16 +237,11 @@ def _write_files(
         "preprocessing": json.dumps(dict(shipped.preprocessing)),
         "bit_order": "C order, lowest bit of a byte first; 1 is +1, 0 is -1",
         "padding": f"symmetric, dilation * (k // 2) wide, value {pad}",
-        "files": json.dumps(
-            {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        ),
+        "files": json.dumps(dict(digests)),
     }
     metadata["digest"] = _digest(stored, metadata)
     assert set(metadata) == set(FIELDS)
-    files[MODEL] = save(stored, metadata)
-    files[README] = readme(shipped, iree).encode()
-    for name, data in files.items():
-        (directory / name).write_bytes(data)
+    return save(stored, metadata)
 
 
 def readme(shipped: Shipped, iree: Iterable[str] = ()) -> str:

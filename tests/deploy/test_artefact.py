@@ -77,6 +77,18 @@ def test_a_bit_takes_a_bit(shipped, written):
     assert {str(tensor.dtype) for tensor in stored.values()} == {"uint8", "float32", "int8"}
 
 
+def test_all_else_in_the_file_is_small():
+    """From four cells of the paper's width on: within 5 % of its bits and its float rest."""
+    edges = tuple((0, node, "sep_conv_5x5") for node in (2, 3, 4, 5))
+    settings = NetworkSettings(edges, edges, 4, 36, len(CLASSES), auxiliary=False)
+    own = shipped_of(settings, variables_of(settings, 32), 32)
+    tensors = [tensor for of_step in own.tensors.values() for tensor in of_step.values()]
+    bits = sum(tensor.size for tensor in tensors if tensor.dtype == bool)
+    rest = sum(tensor.nbytes for tensor in tensors if tensor.dtype != bool)
+    size = len(artefact.model_file(own, dict.fromkeys(("a", "b", "c"), "0" * 64)))
+    assert bits / 8 + rest < size < 1.05 * (bits / 8 + rest)
+
+
 def test_the_reader_needs_numpy_jax_and_safetensors_alone(written):
     """And nothing of the package beside `deploy`."""
     script = f"""

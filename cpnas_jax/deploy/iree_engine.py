@@ -78,7 +78,7 @@ def compiled(structure: Structure, tensors: AllTensors, target: str) -> bytes:
     from iree import compiler
 
     engine = "packed" if structure.binary else "signed on cpu"
-    network = functools.partial(program.logits, structure, tensors, engine=engine)
+    network = functools.partial(program.logits, structure, tensors, engine=engine, for_xla=False)
     image = jax.ShapeDtypeStruct((1, *structure.image), jnp.uint8)
     lowered = export.export(jax.jit(network), platforms=("cpu",))(image)
     try:

@@ -10,7 +10,6 @@ import numpy as np
 from jax import export, lax
 
 from cpnas_jax.deploy import packed, signed
-from cpnas_jax.deploy.apart import apart
 from cpnas_jax.deploy.structure import Step, Structure, steps
 
 ENGINES: dict[str, Mapping[str, Callable[..., Any]]] = {
@@ -18,35 +17,64 @@ ENGINES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "signed": signed.STEPS,
     "signed on cpu": signed.ON_CPU,
 }
-_ON_CPU = ("packed", "signed on cpu")
 PLATFORMS = ("cpu", "cuda", "tpu")
 """What exported programs are lowered for."""
 
 _BINARY = ("binary_depthwise", "binary_pointwise")
-_APART = (
-    *("sign", *_BINARY, "signed_depthwise", "depthwise", "convolution", "max_pool", "avg_pool"),
-)
-"""Steps that XLA:CPU must not compute again for each place that reads them."""
+_APART = ("sign", "binary_depthwise", "max_pool", "avg_pool")
+"""Steps of `packed` that XLA:CPU would compute again for each place that reads them."""
 
 AllTensors = Mapping[str, Mapping[str, np.ndarray]]
 """Name of a step -> field -> tensor; bits as bool."""
 
 
+def apart(function: Callable[..., jax.Array], always: jax.Array) -> Callable[..., jax.Array]:
+    """Return a function that XLA computes once, before what reads its result.
+
+    XLA:CPU fuses cheap operations into all that read them: the bits of a depthwise convolution
+    would be computed again for every output channel of the 1x1 convolution behind it, ten times
+    the time of the whole network. A branch is the border of fusions that outlives `jax.export`
+    (calls are inlined there, optimization barriers removed).
+
+    Args:
+        function: of arrays.
+        always: bool[], true, but not to be known when a program is compiled.
+    """
+
+    def branched(*values: jax.Array) -> jax.Array:
+        result = jax.eval_shape(function, *values)
+        return lax.cond(always, function, lambda *_: jnp.zeros(result.shape, result.dtype), *values)
+
+    return branched
+
+
 def take(
-    structure: Structure, step: Step, tensors: Mapping[str, Any], values: list[Any], engine: str
+    structure: Structure,
+    step: Step,
+    tensors: Mapping[str, Any],
+    values: list[Any],
+    engine: str,
+    always: jax.Array | None = None,
 ) -> jax.Array:
-    """Take one step with an engine."""
+    """Take one step with an engine; `always` is for `apart`, without it XLA fuses as it likes."""
     function: Callable[..., jax.Array] = functools.partial(ENGINES[engine][step.op], step, tensors)
     if step.op in _BINARY:
         function = functools.partial(function, pad_value=structure.pad_value)
-    if step.op in _APART and engine in _ON_CPU:
-        function = apart(function)
+    if always is not None and step.op in _APART:
+        function = apart(function, always)
     # Profiles and error messages of XLA name the step.
     with jax.named_scope(step.op):
         return function(*values)
 
 
-def logits(structure: Structure, tensors: AllTensors, images: jax.Array, engine: str) -> jax.Array:
+def logits(
+    structure: Structure,
+    tensors: AllTensors,
+    images: jax.Array,
+    engine: str,
+    *,
+    for_xla: bool = True,
+) -> jax.Array:
     """Return what the network answers.
 
     Args:
@@ -54,14 +82,20 @@ def logits(structure: Structure, tensors: AllTensors, images: jax.Array, engine:
         tensors: of its steps.
         images: uint8[N, H, W, C].
         engine: of `ENGINES`.
+        for_xla: whether it is XLA that compiles it, whose fusions are given borders.
 
     Returns:
         f32[N, classes].
     """
     values: dict[str, jax.Array] = {"images": images}
+    always = None
+    if engine == "packed" and for_xla:
+        always = images[0, 0, 0, 0].astype(jnp.int32) < 256
     for step in steps(structure):
         inputs = [values[name] for name in step.inputs]
-        values[step.name] = take(structure, step, tensors.get(step.name, {}), inputs, engine)
+        values[step.name] = take(
+            structure, step, tensors.get(step.name, {}), inputs, engine, always
+        )
     return values["logits"]
 
 

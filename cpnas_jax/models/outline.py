@@ -1,15 +1,16 @@
-"""Differentiable functions that XLA compiles apart from what surrounds them (`deploy.apart`).
+"""Functions that XLA compiles apart from what surrounds them.
 
-In a whole network the kernel's gradient of a depthwise convolution computed the convolution's
-forward pass again, and the images' gradient that of pooling, for one pixel after the other.
+XLA:CPU likes to compute again inside a fusion what it needs of its producers: in a whole network
+the kernel's gradient of a depthwise convolution computed the convolution's forward pass again, and
+the images' gradient that of pooling, for one pixel after the other. A call that is not inlined ends
+a fusion. (`lax.optimization_barrier` does not: XLA:CPU removes it before it fuses.)
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
-
-from cpnas_jax.deploy.apart import apart
+from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def outline(function: Callable[..., jax.Array], num_arrays: int) -> Callable[..., jax.Array]:
@@ -22,14 +23,24 @@ def outline(function: Callable[..., jax.Array], num_arrays: int) -> Callable[...
         num_arrays: how many arrays.
     """
 
+    def run(arrays: tuple[jax.Array, ...], static: tuple[Any, ...]) -> jax.Array:
+        # What is called inside is inlined as usual.
+        with set_xla_metadata(inlineable=None):
+            return function(*arrays, *static)
+
     def pull(
         arrays: tuple[jax.Array, ...], cotangent: jax.Array, static: tuple[Any, ...]
     ) -> tuple[jax.Array, ...]:
-        _, pullback = jax.vjp(lambda *arrays: function(*arrays, *static), *arrays)
-        return pullback(cotangent)
+        with set_xla_metadata(inlineable=None):
+            _, pullback = jax.vjp(lambda *arrays: function(*arrays, *static), *arrays)
+            return pullback(cotangent)
 
-    outlined = apart(lambda arrays, static: function(*arrays, *static), static=(1,))
-    pull_apart = apart(pull, static=(2,))
+    run_apart = jax.jit(run, static_argnums=1)
+    pull_apart = jax.jit(pull, static_argnums=2)
+
+    def outlined(arrays: tuple[jax.Array, ...], static: tuple[Any, ...]) -> jax.Array:
+        with set_xla_metadata(inlineable="false"):
+            return run_apart(arrays, static)
 
     def forward(
         arrays: tuple[jax.Array, ...], static: tuple[Any, ...]
@@ -39,7 +50,8 @@ def outline(function: Callable[..., jax.Array], num_arrays: int) -> Callable[...
     def backward(
         static: tuple[Any, ...], arrays: tuple[jax.Array, ...], cotangent: jax.Array
     ) -> tuple[tuple[jax.Array, ...]]:
-        return (pull_apart(arrays, cotangent, static),)
+        with set_xla_metadata(inlineable="false"):
+            return (pull_apart(arrays, cotangent, static),)
 
     differentiable = jax.custom_vjp(outlined, nondiff_argnums=(1,))
     differentiable.defvjp(forward, backward)

@@ -1,5 +1,6 @@
 """The mode `predict`: what an exported network says of image files."""
 
+import io
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from ml_collections import config_dict
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy import special
 
 from cpnas_jax.data import views
@@ -80,8 +82,7 @@ def open_engine(
     except IreeError as error:
         raise UserError(f"config.predict.engine is {engine!r}, and {error}") from error
     except ArtefactError as error:
-        hint = "" if engine == "xla" else ", with IREE by --config.export.iree=\"('host',)\""
-        raise UserError(f"{error}; the mode `export` writes one{hint}") from error
+        raise UserError(str(error)) from error
 
 
 def image_files(given: str) -> list[pathlib.Path]:
@@ -134,7 +135,7 @@ def read_image(path: pathlib.Path, form: Mapping[str, Any]) -> np.ndarray:
     """
     height, width, channels = (int(form[name]) for name in ("height", "width", "channels"))
     try:
-        encoded = path.read_bytes()
+        encoded = upright(path.read_bytes())
         if form["form"] == "central part":
             return views.read_view(
                 encoded,
@@ -146,10 +147,29 @@ def read_image(path: pathlib.Path, form: Mapping[str, Any]) -> np.ndarray:
         return _whole(encoded, height, width, channels)
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is no image that can be read (no known format)") from error
     # Pillow reports broken images by errors of many types.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} is no image that can be read ({reason})") from error
+
+
+def upright(encoded: bytes) -> bytes:
+    """Return an image file whose pixels lie as its EXIF orientation says they are to be seen.
+
+    Phones store photos as the sensor lay. The images of data sets have no such note, or it was
+    ignored where they were trained on.
+    """
+    with Image.open(io.BytesIO(encoded)) as image:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return encoded
+        turned = ImageOps.exif_transpose(image)
+        if turned.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+            turned = turned.convert("RGB")
+        file = io.BytesIO()
+        turned.save(file, "PNG")
+        return file.getvalue()
 
 
 def _whole(encoded: bytes, height: int, width: int, channels: int) -> np.ndarray:

@@ -124,6 +124,37 @@ def test_an_image_of_the_set_is_seen_as_in_evaluation(exported, tmp_path):
     np.testing.assert_array_equal(found, network.images[0])
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_photo_is_turned_as_its_camera_was(exported, tmp_path, orientation, mode):
+    from cpnas_jax.predict import read_image
+
+    rng = np.random.default_rng(0)
+    pixels = np.kron(rng.integers(0, 255, (2, 3, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    seen = Image.fromarray(pixels).convert(mode)
+    # How a camera stores what is to be seen so: the opposite of what a viewer does.
+    turns = {
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }
+    stored = seen
+    for turn in turns.get(orientation, []):
+        stored = stored.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "it.tif", exif=exif)
+    seen.save(tmp_path / "plain.tif")
+    form = artefact.read(exported / "export").preprocessing
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "it.tif", form), read_image(tmp_path / "plain.tif", form)
+    )
+
+
 def test_export_says_what_is_wrong(command, capsys, exported, tmp_path):
     line = refusal(command, capsys, "export", exported)
     assert f"{exported / 'export'} exists; delete it, or give another" in line
@@ -189,7 +220,7 @@ def test_predict_says_what_is_wrong(command, capsys, exported, photos, tmp_path)
     assert "the mode `export` writes one" in absent
     ahead = line(f"--config.predict.images={photos}", "--config.predict.engine=iree")
     assert "has no model.host.vmfb" in ahead
-    assert "with IREE by --config.export.iree=" in ahead
+    assert "export it with --config.export.iree=" in ahead
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def _read(directory: pathlib.Path) -> tuple[Shipped, dict[str, str]]:
     """Return the network, and the digests of the other files."""
     path = directory / MODEL
     if not path.is_file():
-        raise ArtefactError(f"{directory} has no {MODEL}; give a directory that `export` wrote")
+        raise ArtefactError(f"{directory} has no {MODEL}; the mode `export` writes one")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -399,7 +399,9 @@ def open_iree(directory: str | os.PathLike[str]) -> IreeProgram:
     digests = _read(base)[1]
     name = iree_engine.file_name(iree_engine.HOST)
     if name not in digests:
-        raise ArtefactError(f"{base} has no {name}; export it with IREE for {iree_engine.HOST!r}")
+        raise ArtefactError(
+            f"{base} has no {name}; export it with --config.export.iree=\"('{iree_engine.HOST}',)\""
+        )
     _checked(base, name, digests)
     return IreeProgram(base / name)
 

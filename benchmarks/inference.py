@@ -124,8 +124,8 @@ def by_step(trace: dict | list, text: str) -> collections.Counter[str]:
     found: collections.Counter[str] = collections.Counter()
     for event in trace["traceEvents"] if isinstance(trace, dict) else trace:
         name = event.get("args", {}).get("hlo_op")
-        # A call holds the events of what it calls.
-        if event.get("ph") == "X" and name is not None and not name.startswith("jit_"):
+        # A branch holds the events of what is in it.
+        if event.get("ph") == "X" and name is not None and not name.startswith("cond"):
             found[steps.get(name, "other")] += event["dur"]
     return found
 

@@ -126,7 +126,9 @@ def export_mode(
                 )
             variables = trainer.host_variables()
             processes.first_alone(
-                lambda: _export(config, directory, reporter, genotype, feed, variables, target)
+                lambda: _export(
+                    config, directory, reporter, genotype, feed, variables, position, target
+                )
             )
 
 
@@ -153,6 +155,7 @@ def _export(
     genotype: Genotype,
     feed: Feed,
     variables: Any,
+    position: dict[str, int],
     target: Any,
 ) -> None:
     binary = config.network.precision == "binary"
@@ -181,15 +184,23 @@ def _export(
         raise UserError(str(error)) from error
     size = (pathlib.Path(target) / artefact.MODEL).stat().st_size
     (agreed,) = found
-    as_float = 4 * sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    # The auxiliary classifier is for training alone.
+    params = {name: own for name, own in variables["params"].items() if name != "auxiliary"}
+    as_float = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    weights = f"{config.evaluate.checkpoint} checkpoint, after epoch {position['epoch']}"
+    weights += f" and {position['step']} steps" * (position["step"] > 0)
     reporter.say(
-        f"Wrote {target}: {artefact.MODEL} has {size:,} bytes, the parameters in float32 would "
-        f"have {as_float:,}. On {agreed.images} images of {config.evaluate.split} "
+        f"Wrote {target} ({weights}): {artefact.MODEL} has {size:,} bytes, the parameters in "
+        f"float32 would have {as_float:,}. On {agreed.images} images of {config.evaluate.split} "
         f"{agreed.close:.2%} have the trained network's logits within {CLOSE:g}, the largest "
         f"difference is {agreed.largest:.1e}; accuracy {agreed.shipped:.4f}, of the trained "
         f"network {agreed.trained:.4f}."
     )
-    value = {"bytes": size, "split": config.evaluate.split, **dataclasses.asdict(agreed)}
+    value = {
+        **{"bytes": size, "split": config.evaluate.split},
+        **{"checkpoint": config.evaluate.checkpoint, **position},
+        **dataclasses.asdict(agreed),
+    }
     directory.write_json(f"{directory_name(binary)}/export.json", value)
 
 

@@ -1,15 +1,17 @@
 """What is shipped of a trained network: its structure, and the tensors of its steps.
 
-Normalisations by running averages become two numbers a channel. Where the sum of a 1-bit depthwise
-convolution is normalised and its sign taken, both become one threshold of the sum, which is found
-by doing in float32 what training does for every sum that can occur: there is no rounding that could
-make another sign of it.
+Normalisations by running averages stay as they are computed in training, in its order: a rounding
+can decide a sign further on, and a sign much. Where the sum of a 1-bit depthwise convolution is
+normalised and its sign taken, both become one threshold of the sum, which is found by doing in
+float32 what training does for every sum that can occur.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from cpnas_jax.deploy.program import AllTensors
 from cpnas_jax.deploy.structure import CellShape, Step, Structure, steps
@@ -102,17 +104,14 @@ class _Folding:
             return found
         return _rows(found, offset)
 
-    def norm(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def norm(self, name: str) -> Arrays:
         """Return mean, factor and bias, f32[C], of a normalisation: (x - mean) * factor + bias."""
         params = self.find("params", f"{name}.affine")
         averages = self.find("batch_stats", f"{name}.affine")
-        factor = params["scale"] / np.sqrt(averages["var"] + np.float32(BATCH_NORM_EPSILON))
-        return averages["mean"], factor.astype(np.float32), params["bias"]
-
-    def affine(self, name: str) -> Arrays:
-        """Return a normalisation as multiplier and offset."""
-        mean, factor, bias = self.norm(name)
-        return {"multiplier": factor, "offset": bias - mean * factor}
+        # XLA's own root, as in training.
+        root = lax.rsqrt(jnp.asarray(averages["var"]) + np.float32(BATCH_NORM_EPSILON))
+        factor = np.asarray(root * params["scale"])
+        return {"mean": averages["mean"], "factor": factor, "bias": params["bias"]}
 
     def kernel(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the signs of a 1-bit kernel, as bool, and the scale of each output channel."""
@@ -138,7 +137,7 @@ class _Folding:
             case "affine":
                 # The one normalisation of the stem and of a pool has the step's own name.
                 inner = own[2] in ("ending", "activation")
-                return self.affine(f"{step.name}.norm" if inner else step.name)
+                return self.norm(f"{step.name}.norm" if inner else step.name)
             case "sign":
                 return self.sign(step)
             case "signed_depthwise":
@@ -150,40 +149,38 @@ class _Folding:
         return {}
 
     def sign(self, step: Step) -> Arrays:
-        """Return multiplier and offset of a sign, where it has any."""
-        if not step.tensors:
-            return {}
-        channels = step.shape[-1]
-        found: Arrays = {"multiplier": np.ones(channels, np.float32), "offset": np.zeros(channels)}
-        if self.find("params", f"{step.name}.norm") is not None:
-            found = self.affine(f"{step.name}.norm")
-        if step.name.endswith(".between"):
-            # The scale of the depthwise convolution before.
-            scale = self.kernel(f"{step.name.removesuffix('between')}depthwise")[1]
-            found["multiplier"] = found["multiplier"] * scale
-        offset = found["offset"] - self.threshold(step.name)
-        return {**found, "offset": offset.astype(np.float32)}
+        """Return what comes before a sign, where anything does."""
+        found: Arrays = {}
+        if "factor" in step.tensors:
+            found |= self.norm(f"{step.name}.norm")
+        if "scale" in step.tensors:
+            # Of the depthwise convolution before.
+            found["scale"] = self.kernel(f"{step.name.removesuffix('between')}depthwise")[1]
+        if "threshold" in step.tensors:
+            found["threshold"] = np.asarray(self.threshold(step.name), np.float32)
+        return found
 
     def binary_depthwise(self, step: Step) -> Arrays:
         """Return kernel, threshold and flip."""
         signs, scale = self.kernel(step.name)
         between = f"{step.name.removesuffix('depthwise')}between"
-        mean, factor, bias = self.norm(f"{between}.norm")
+        norm = self.norm(f"{between}.norm")
         largest = signs.shape[0] * signs.shape[1]
         sums = np.arange(-largest, largest + 1, dtype=np.float32)[:, None]
-        values = ((sums * scale - mean) * factor + bias) - self.threshold(between)
-        threshold, flip = threshold_of(values >= 0, largest)
+        values = (sums * scale - norm["mean"]) * norm["factor"] + norm["bias"]
+        threshold, flip = threshold_of(values - self.threshold(between) >= 0, largest)
         return {"kernel": signs, "threshold": threshold, "flip": flip}
 
     def binary_pointwise(self, step: Step) -> Arrays:
-        """Return kernel, multiplier and offset."""
+        """Return kernel, scale and normalisation."""
         signs, scale = self.kernel(step.name)
         base, _, last = step.name.rpartition(".")
-        mean, factor, bias = self.norm(f"{base}.ending.norm")
+        norm = self.norm(f"{base}.ending.norm")
         # Halves of a factorized reduce share a normalisation.
-        rows = slice(0, len(scale)) if last != "odd" else slice(len(mean) - len(scale), len(mean))
-        mean, factor, bias = mean[rows], factor[rows], bias[rows]
-        return {"kernel": signs, "multiplier": scale * factor, "offset": bias - mean * factor}
+        size, whole = len(scale), len(norm["mean"])
+        rows = slice(0, size) if last != "odd" else slice(whole - size, whole)
+        own = {field: np.asarray(tensor)[rows] for field, tensor in norm.items()}
+        return {"kernel": signs, "scale": scale, **own}
 
 
 def threshold_of(positive: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:

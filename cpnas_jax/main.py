@@ -57,7 +57,7 @@ _MODES: dict[str, Callable[[config_dict.ConfigDict, str, Reporter], object]] = {
     "export": export_mode,
     "predict": predict_mode,
 }
-_REPORTED = ("search", "train", "evaluate", "summary", "pipeline")
+_REPORTED = ("search", "train", "evaluate", "pipeline")
 """Modes at whose end the workdir's report is made again."""
 
 _CONFIG = config_flags.DEFINE_config_file(

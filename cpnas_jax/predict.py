@@ -21,6 +21,7 @@ from cpnas_jax.export import export_directory
 from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.runtime.paths import user_path
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Names of image files end so, in a folder."""
@@ -95,11 +96,21 @@ def image_files(given: str) -> list[pathlib.Path]:
         raise UserError(
             "config.predict.images is empty; give image files and folders, with commas between"
         )
+    # A name may have commas of its own.
+    whole = user_path("config.predict.images", given)
+    names = [given] if whole.exists() else filter(None, map(str.strip, given.split(",")))
     files: list[pathlib.Path] = []
-    for name in filter(None, given.split(",")):
-        path = pathlib.Path(name).expanduser()
+    for name in names:
+        path = pathlib.Path(user_path("config.predict.images", name))
         if path.is_dir():
-            own = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            own = sorted(
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in SUFFIXES
+                and file.is_file()
+                # Of macOS, beside files on other file systems.
+                and not file.name.startswith("._")
+            )
             if not own:
                 raise UserError(
                     f"config.predict.images: the folder {path} has no image ({' '.join(SUFFIXES)})"
@@ -109,6 +120,8 @@ def image_files(given: str) -> list[pathlib.Path]:
             files.append(path)
         else:
             raise UserError(f"config.predict.images: there is no {path}; give files or folders")
+    if not files:
+        raise UserError(f"config.predict.images is {given!r}; give image files and folders")
     return files
 
 
@@ -158,10 +171,15 @@ def read_image(path: pathlib.Path, form: Mapping[str, Any]) -> np.ndarray:
 def upright(encoded: bytes) -> bytes:
     """Return an image file whose pixels lie as its EXIF orientation says they are to be seen.
 
+    Raises:
+        ValueError: pixels have more than 8 bits: what Pillow makes of them is no picture.
+
     Phones store photos as the sensor lay. The images of data sets have no such note, or it was
     ignored where they were trained on.
     """
     with Image.open(io.BytesIO(encoded)) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("its pixels have more than 8 bits; convert it to 8 bits a channel")
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return encoded
         turned = ImageOps.exif_transpose(image)

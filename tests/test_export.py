@@ -12,6 +12,7 @@ from small_training import GENOTYPE, Command, refusal
 from cpnas_jax import export
 from cpnas_jax.deploy import artefact
 from cpnas_jax.export import Agreement
+from cpnas_jax.predict import image_files, read_image
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +115,18 @@ def test_images_are_classified(command, exported, photos, capsys):
     assert sum(found["probability"] for found in whole["classes"]) == pytest.approx(1)
 
 
+def test_names_of_images(tmp_path):
+    for name in ("a,b.png", "c.png", "._c.png", "text"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    found = image_files(str(tmp_path))
+    assert [path.name for path in found] == ["a,b.png", "c.png"]
+    assert image_files(f"{tmp_path / 'a,b.png'}") == found[:1]
+    assert image_files(f"{tmp_path / 'c.png'}, {tmp_path / 'text'}")[1].name == "text"
+
+
 def test_an_image_of_the_set_is_seen_as_in_evaluation(exported, tmp_path):
     """A stored image that is read from a file is the array that evaluation had."""
-    from cpnas_jax.predict import read_image
-
     network = artefact.open_program(exported / "export")
     Image.fromarray(network.images[0]).save(tmp_path / "it.png")
     found = read_image(tmp_path / "it.png", network.shipped.preprocessing)
@@ -127,8 +136,6 @@ def test_an_image_of_the_set_is_seen_as_in_evaluation(exported, tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_photo_is_turned_as_its_camera_was(exported, tmp_path, orientation, mode):
-    from cpnas_jax.predict import read_image
-
     rng = np.random.default_rng(0)
     pixels = np.kron(rng.integers(0, 255, (2, 3, 3)), np.ones((16, 16, 1))).astype(np.uint8)
     seen = Image.fromarray(pixels).convert(mode)
@@ -215,6 +222,10 @@ def test_predict_says_what_is_wrong(command, capsys, exported, photos, tmp_path)
     encoded = (photos / "b.png").read_bytes()
     (photos / "b.png").write_bytes(encoded[: len(encoded) // 2])
     assert "b.png is no image that can be read" in line(f"--config.predict.images={photos}")
+    assert "config.predict.images is ','; give image files" in line("--config.predict.images=,")
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
+    deep = line(f"--config.predict.images={tmp_path / 'deep.png'}")
+    assert "more than 8 bits; convert it" in deep
     absent = line(f"--config.predict.images={photos}", workdir=tmp_path / "other")
     assert "has no model.safetensors" in absent
     assert "the mode `export` writes one" in absent

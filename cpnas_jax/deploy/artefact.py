@@ -270,7 +270,7 @@ Takes uint8[n, {height}, {width}, {channels}] images, any n, and gives f32[n, {c
 
 | file | what it is |
 |---|---|
-| {MODEL} | kernels as packed bits, the rest float32; layout and metadata: {layout} |
+| {MODEL} | packed bits, thresholds as int8, the rest float32; layout and metadata: {layout} |
 | {PROGRAM} | the network as a StableHLO program for {platforms}: `jax.export.deserialize` |
 | {GENOTYPE} | the cells |
 | {CHECK} | images and the logits that they must give |
@@ -382,6 +382,8 @@ def open_program(directory: str | os.PathLike[str]) -> Program:
         network = export.deserialize(bytearray(data[PROGRAM]))
         with np.load(io.BytesIO(data[CHECK])) as check:
             images, expected = check["images"], check["logits"]
+    except ImportError as error:
+        raise ArtefactError(f"{base / PROGRAM} cannot be read here: {_line(error)}") from error
     # Whatever flatbuffers and numpy raise on data that has the digest but is not theirs.
     except Exception as error:
         raise ArtefactError(f"{base} cannot be read ({_line(error)}); export it again") from error

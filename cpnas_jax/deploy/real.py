@@ -32,9 +32,19 @@ def normalise(step: Step, tensors: Tensors, images: jax.Array) -> jax.Array:
 
 
 def affine(step: Step, tensors: Tensors, x: jax.Array) -> jax.Array:
-    """Multiply and add by channel."""
+    """Scale, normalise and shift by channel, as far as there are tensors for it.
+
+    In the order of training: numbers that are equal but for rounding have other signs further on.
+    """
     del step
-    return x * per_channel(tensors["multiplier"]) + per_channel(tensors["offset"])
+    if "scale" in tensors:
+        x = x * per_channel(tensors["scale"])
+    if "factor" in tensors:
+        centred = x - per_channel(tensors["mean"])
+        x = centred * per_channel(tensors["factor"]) + per_channel(tensors["bias"])
+    if "threshold" in tensors:
+        x = x - per_channel(tensors["threshold"])
+    return x
 
 
 def relu(step: Step, tensors: Tensors, x: jax.Array) -> jax.Array:

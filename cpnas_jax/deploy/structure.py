@@ -9,21 +9,23 @@ told by `OPS`; how, by an engine (`packed`, `signed`).
 | convolution | real | real | kernel f32[3, 3, C, D], zero padding 1 |
 | pointwise | real | real | kernel f32[C, D] |
 | depthwise | real | real | kernel f32[k, k, C], zero padding |
-| affine | real | real | multiplier, offset f32[C] |
+| affine | real | real | mean, factor, bias f32[C] |
 | relu | real | real | |
 | prelu | real | real | slope f32[C]; with shifts also shift, lift f32[C] |
 | max_pool, avg_pool | real | real | 3x3, padding 1; means over the pixels inside |
 | add, concat | real, several | real | |
-| sign | real | signs | or multiplier, offset f32[C] before it; sign(0) = +1 |
+| sign | real | signs | or scale, mean, factor, bias, threshold f32[C]; sign(0) = +1 |
 | binary_depthwise | signs | signs | kernel bits[k, k, C], threshold int8[C], flip bits[C] |
 | signed_depthwise | real | real | kernel bits[k, k, C], zero padding |
-| binary_pointwise | signs | real | kernel bits[C, D], multiplier, offset f32[D] |
+| binary_pointwise | signs | real | kernel bits[C, D], scale, mean, factor, bias f32[D] |
 | mean | real | real, f32[N, C] | |
 | dense | f32[N, C] | f32[N, D] | kernel f32[C, D], bias f32[D] |
 
 `binary_depthwise` sums +-1 products to an integer D and gives (D >= threshold) != flip: the
-normalisation and the sign that follow it. `binary_pointwise` gives multiplier * P + offset of the
-integer P. Around an image signs are 0 (no product) or +1, the network's `pad_value`.
+normalisation and the sign that follow it. `binary_pointwise` normalises the integer P. To normalise
+is (x * scale - mean) * factor + bias, less the threshold of a sign, as far as a step has them: in
+the order of training, whose roundings may decide signs further on. Around an image signs are 0 (no
+product) or +1, the network's `pad_value`.
 """
 
 import dataclasses
@@ -33,8 +35,8 @@ from typing import Any
 NUM_NODES = 6
 """Nodes of a cell: two inputs, four that are summed up and concatenated to its output."""
 
-KINDS = ("bits", "float32", "int8")
-"""What tensors are made of."""
+_NORM = ("mean", "factor", "bias")
+"""Tensors of a normalisation by running averages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Spec:
     """A tensor of a step.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: `bits`, `float32` or `int8`.
         shape: with a bit for each entry, where it has bits.
     """
 
@@ -217,8 +219,8 @@ class _Builder:
         return {field: Spec("float32", (self.channels(value),)) for field in fields}
 
     def affine(self, name: str, value: str) -> str:
-        """Normalise by running averages, folded to two numbers a channel."""
-        tensors = self.per_channel(value, "multiplier", "offset")
+        """Normalise by running averages."""
+        tensors = self.per_channel(value, *_NORM)
         return self.add("affine", name, value, tensors=tensors)
 
     def has(self, lever: str) -> bool:
@@ -317,7 +319,12 @@ class _Builder:
     def sign(self, name: str, value: str, *, norm: bool) -> str:
         """Add a sign, after a normalisation or a threshold of its own where it has one."""
         if norm or self.has("learnable_sign"):
-            tensors = self.per_channel(value, "multiplier", "offset")
+            fields = [
+                *(["scale"] if name.endswith(".between") else []),
+                *(_NORM if norm else []),
+                *(["threshold"] if self.has("learnable_sign") else []),
+            ]
+            tensors = self.per_channel(value, *fields)
             return self.add("sign", name, value, tensors=tensors)
         if value not in self._plain_signs:
             self._plain_signs[value] = self.add("sign", name, value)
@@ -371,8 +378,7 @@ class _Builder:
         """Add a 1-bit 1x1 convolution with its scale and normalisation."""
         tensors = {
             "kernel": Spec("bits", (self.channels(value), channels)),
-            "multiplier": Spec("float32", (channels,)),
-            "offset": Spec("float32", (channels,)),
+            **{field: Spec("float32", (channels,)) for field in ("scale", *_NORM)},
         }
         return self.add(
             "binary_pointwise",

@@ -55,6 +55,10 @@ def refresh(workdir: str | os.PathLike[str], reporter: Reporter) -> None:
             return f"Wrote {write_report(workdir)[0]}."
         except UserError as error:
             return f"warning: {NAME} is not written: {error}"
+        # Of files that were altered by hand, values that nothing expects.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            return f"warning: {NAME} is not written: {type(error).__name__}: {reason}"
 
     reporter.say(processes.from_first(attempt))
 

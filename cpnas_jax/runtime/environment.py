@@ -79,7 +79,14 @@ def devices_text(batch_size: int) -> str:
 
 def compiler_options(level: int) -> dict[str, int]:
     """Return XLA's options for an optimization level of LLVM, which a CPU alone has."""
-    return {"xla_backend_optimization_level": level} if jax.default_backend() == "cpu" else {}
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_backend_optimization_level": level}
+    if jax.process_count() > 1:
+        # It lets collectives that do not need each other be met in another order in each process;
+        # Gloo tells them apart by their order alone, and waits for ever, or for 30 seconds.
+        options["xla_cpu_enable_concurrency_optimized_scheduler"] = False
+    return options
 
 
 def device_memory() -> int | None:

@@ -133,8 +133,8 @@ def test_pointwise_sums(channels, outputs, image, stride, shift, pad_value):
     step = step_of("binary_pointwise", image, outputs, stride=stride, shift=shift)
     tensors = {
         "kernel": kernel,
-        "multiplier": np.ones(outputs, np.float32),
-        "offset": np.zeros(outputs, np.float32),
+        **{name: np.ones(outputs, np.float32) for name in ("scale", "factor")},
+        **{name: np.zeros(outputs, np.float32) for name in ("mean", "bias")},
     }
     for engine, own in (
         (packed, packed.pack(jnp.asarray(x))),

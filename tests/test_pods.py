@@ -145,3 +145,23 @@ def wait_for(log, text, process):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_collectives_of_small_layers_keep_their_order(files, tmp_path):
+    """Statistics over all devices, many and small: processes met them each in its own order."""
+    keys = [
+        *("--config.search.cells=1", "--config.search.reductions=(0,)"),
+        *("--config.dataset.image_size=12", "--config.search.rounds=1", "--config.seed=3"),
+    ]
+    ended = run_together(
+        lambda coordinator, index: [
+            *("-m", "cpnas_jax.main", "--config=configs/cifar10.py:search,smoke"),
+            *(f"--config.dataset.data_dir={files / 'data'}", f"--workdir={tmp_path}", *keys),
+            *(f"--coordinator={coordinator}", "--num_processes=2", f"--process_id={index}"),
+        ],
+        *(2, 2),
+        XDG_CACHE_HOME=str(files / "cache"),
+    )
+    assert [status for status, *_ in ended] == [0, 0], ended
+    assert (tmp_path / "genotype.json").exists()

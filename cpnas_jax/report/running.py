@@ -86,14 +86,17 @@ def training_state(contents: Contents, training: Training) -> dict[str, Any]:
     total = contents.keys.get("train.epochs")
     test = section(training.results, "test", contents.path / "results.json")
     found = training.evaluation or {}
+    finished = bool(training.results)
+    so_far = evaluated[-1]["test_accuracy"] if evaluated else found.get("top1")
     return {
         "name": training.name,
         "title": "1-bit child" if training.name == "train" else "float parent",
         "epochs": int(last.get("epoch", training.results.get("epochs", 0))),
         "total": total,
-        "finished": bool(training.results),
-        "accuracy": test.get("top1", found.get("top1")),
-        "so_far": evaluated[-1]["test_accuracy"] if evaluated else None,
+        "finished": finished,
+        # An evaluation may be of the middle of a training.
+        "accuracy": test.get("top1", found.get("top1")) if finished else None,
+        "so_far": so_far,
         "split": training.results.get("split", found.get("split", "test")),
         "best": training.results.get("best_test_accuracy"),
         "best_epoch": training.results.get("best_epoch"),

@@ -191,6 +191,8 @@ def test_a_run_that_has_only_begun(tmp_path):
     found = report(tmp_path)
     check_self_contained(found)
     assert "Nothing is finished yet" in found.text
+    assert "seed 0, that has begun." in found.text
+    assert "found elsewhere" not in found.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "report.html"]
 
 

@@ -119,8 +119,12 @@ def profile(flags: argparse.Namespace) -> dict:
 def by_step(trace: dict | list, text: str) -> collections.Counter[str]:
     """Return step -> microseconds of a trace, by the names that a program's text gives."""
     # %name = type op(...), metadata={op_name="jit(logits)/<step>/..."}
-    pattern = re.compile(r'%([\w.-]+) = .*op_name="jit\(\w+\)/(\w+)')
-    steps = {name: step for name, step in pattern.findall(text)}
+    steps = {}
+    for line in text.splitlines():
+        name = re.match(r"\s*(?:ROOT )?%([\w.-]+) = ", line)
+        step = re.search(r'op_name="jit\(\w+\)/(\w+)', line)
+        if name and step:
+            steps[name[1]] = step[1]
     found: collections.Counter[str] = collections.Counter()
     for event in trace["traceEvents"] if isinstance(trace, dict) else trace:
         name = event.get("args", {}).get("hlo_op")

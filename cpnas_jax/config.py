@@ -391,7 +391,7 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
         UserError: the first bad key, its value and what would be right; a missing extra.
     """
     check_values(config)
-    if config.runtime.tensorboard:
+    if config.runtime.tensorboard and config.mode in ("search", "train", "pipeline", "compare"):
         require_package()
     if config.genotype and config.mode in ("search", "pipeline", "compare"):
         raise UserError(

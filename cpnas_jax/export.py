@@ -20,15 +20,16 @@ from ml_collections import config_dict
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.data.augment import normalise
 from cpnas_jax.deploy import artefact, iree_engine
-from cpnas_jax.deploy.artefact import ArtefactError, Program, Shipped
+from cpnas_jax.deploy.artefact import Program, Shipped
 from cpnas_jax.deploy.iree_engine import IreeError
+from cpnas_jax.deploy.layout import ArtefactError
 from cpnas_jax.feed import Feed
 from cpnas_jax.feeds import open_feed
 from cpnas_jax.folding import fold
 from cpnas_jax.models.network import Network, NetworkSettings, Outputs
 from cpnas_jax.modes import restored
 from cpnas_jax.network_config import network_settings
-from cpnas_jax.runtime import processes
+from cpnas_jax.runtime import processes, stall
 from cpnas_jax.runtime.console import Reporter
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.paths import user_path
@@ -173,11 +174,14 @@ def _export(
     found: list[Agreement] = []
 
     def check(network: Program) -> None:
-        found.append(agreement(network, settings, variables, (mean, std), _batches(config, feed)))
+        split, batches = config.evaluate.split, _batches(config, feed)
+        reporter.say(f"Comparing it with the trained network on the split {split}")
+        found.append(agreement(network, settings, variables, (mean, std), batches))
         problem = found[0].problem()
         if problem:
             raise ArtefactError(f"nothing was written to {target}: {problem}")
 
+    reporter.say("Compiling the network for shipping")
     try:
         artefact.write(shipped, pathlib.Path(target), images, check, config.export.iree)
     except ArtefactError as error:
@@ -242,8 +246,10 @@ def agreement(
         return cast(Outputs, Network(settings).apply(variables, given, train=False)).logits
 
     differences, turned, right = [], 0, np.zeros(2, int)
-    size = 0
+    size = done = 0
     for images, labels in batches:
+        stall.at(f"comparing what is exported, image {done}")
+        done += len(labels)
         # The last batch is filled up, so that nothing is compiled for it.
         size = max(size, len(labels))
         filled = np.resize(images, (size, *images.shape[1:]))

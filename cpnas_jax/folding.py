@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 
 from cpnas_jax.deploy.program import AllTensors
-from cpnas_jax.deploy.structure import CellShape, Step, Structure, steps
+from cpnas_jax.deploy.steps import Step
+from cpnas_jax.deploy.structure import CellShape, Structure, steps
 from cpnas_jax.models import network
 from cpnas_jax.models.binarize import binarize_weights
 from cpnas_jax.models.layers import BATCH_NORM_EPSILON

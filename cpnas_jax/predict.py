@@ -15,8 +15,9 @@ from scipy import special
 from cpnas_jax.data import views
 from cpnas_jax.data.decode import MODES, decode_images
 from cpnas_jax.deploy import artefact
-from cpnas_jax.deploy.artefact import ArtefactError, Shipped
+from cpnas_jax.deploy.artefact import Shipped
 from cpnas_jax.deploy.iree_engine import IreeError
+from cpnas_jax.deploy.layout import ArtefactError
 from cpnas_jax.export import export_directory
 from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.console import Reporter
@@ -47,11 +48,15 @@ def _predict(
     config: config_dict.ConfigDict, workdir: str | os.PathLike[str], reporter: Reporter
 ) -> None:
     directory, options = export_directory(config, workdir), config.predict
-    shipped, network = open_engine(directory, options.engine)
+    # Before the network: reading and compiling it takes longer than a wrong name.
     files = image_files(options.images)
+    shipped, network = open_engine(directory, options.engine)
     answers = []
+    size = min(options.batch_size, len(files))
     for paths, images in _read(files, shipped.preprocessing, options.batch_size):
-        answers += answers_of(network(images), paths, shipped.classes, options.top)
+        # The last batch is filled up, so that nothing is compiled for it.
+        filled = np.resize(images, (size, *images.shape[1:]))
+        answers += answers_of(network(filled)[: len(paths)], paths, shipped.classes, options.top)
     if options.format == "json":
         reporter.say(json.dumps(answers, indent=1))
         return
@@ -75,15 +80,38 @@ def open_engine(
     Raises:
         UserError: there is no such network, it is damaged, or the package of the engine is missing.
     """
+    network: Callable[[np.ndarray], np.ndarray]
     try:
         if engine == "xla":
             program = artefact.open_program(directory)
-            return program.shipped, program
-        return artefact.read(directory), artefact.open_iree(directory)
+            shipped, network = program.shipped, program
+        else:
+            shipped, network = artefact.read(directory), artefact.open_iree(directory)
+        _check_form(directory, shipped)
+        return shipped, network
     except IreeError as error:
         raise UserError(f"config.predict.engine is {engine!r}, and {error}") from error
     except ArtefactError as error:
         raise UserError(str(error)) from error
+
+
+def _check_form(directory: str | os.PathLike[str], shipped: Shipped) -> None:
+    """See that the preprocessing is one that `read_image` knows, before it blames an image."""
+    form, image = shipped.preprocessing, shipped.structure.image
+    fields = {"central part": {"form", "share"}, "central square": {"form"}}
+    sides = dict(zip(("height", "width", "channels"), image, strict=True))
+    known = fields.get(form.get("form", ""))
+    if (
+        known is None
+        or set(form) != known | set(sides)
+        or any(form[name] != size for name, size in sides.items())
+        or not 0 < form.get("share", 1) <= 1
+        or image[2] not in MODES
+    ):
+        raise ArtefactError(
+            f"{directory} has preprocessing {json.dumps(dict(form))[:200]}, which this cpnas_jax "
+            f"does not know for images of {list(image)}; use the one that wrote it"
+        )
 
 
 def image_files(given: str) -> list[pathlib.Path]:
@@ -148,7 +176,7 @@ def read_image(path: pathlib.Path, form: Mapping[str, Any]) -> np.ndarray:
     """
     height, width, channels = (int(form[name]) for name in ("height", "width", "channels"))
     try:
-        encoded = upright(path.read_bytes())
+        encoded = plain(path.read_bytes())
         if form["form"] == "central part":
             return views.read_view(
                 encoded,
@@ -168,11 +196,12 @@ def read_image(path: pathlib.Path, form: Mapping[str, Any]) -> np.ndarray:
         raise UserError(f"{path} is no image that can be read ({reason})") from error
 
 
-def upright(encoded: bytes) -> bytes:
+def plain(encoded: bytes) -> bytes:
     """Return an image file whose pixels lie as its EXIF orientation says they are to be seen.
 
     Raises:
-        ValueError: pixels have more than 8 bits: what Pillow makes of them is no picture.
+        ValueError: pixels have more than 8 bits, or some can be seen through: what is left of
+            either without the rest need not be what a person sees.
 
     Phones store photos as the sensor lay. The images of data sets have no such note, or it was
     ignored where they were trained on.
@@ -180,6 +209,8 @@ def upright(encoded: bytes) -> bytes:
     with Image.open(io.BytesIO(encoded)) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError("its pixels have more than 8 bits; convert it to 8 bits a channel")
+        if image.has_transparency_data and _least_alpha(image) < 255:
+            raise ValueError("parts of it are transparent; put it on a background first")
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return encoded
         turned = ImageOps.exif_transpose(image)
@@ -188,6 +219,11 @@ def upright(encoded: bytes) -> bytes:
         file = io.BytesIO()
         turned.save(file, "PNG")
         return file.getvalue()
+
+
+def _least_alpha(image: Image.Image) -> float:
+    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return float(lowest)  # type: ignore[arg-type]
 
 
 def _whole(encoded: bytes, height: int, width: int, channels: int) -> np.ndarray:

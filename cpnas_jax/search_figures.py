@@ -114,11 +114,6 @@ def _mark_stages(axes: Axes, stages: list[int]) -> None:
         )
 
 
-def draw_film(frames: Sequence[Frame], directory: str | os.PathLike[str]) -> list[pathlib.Path]:
-    """Draw what every edge compared and dropped as `film.svg`, for papers; see `film_figure`."""
-    return save_figure(film_figure(frames), directory, "film", ("svg",))
-
-
 _GAP = 1.5
 """Between two frames, in cells of the film."""
 
@@ -190,13 +185,6 @@ def _tint(colour: str, share: float) -> tuple[float, ...]:
     """Mix a colour into white."""
     parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
     return tuple(1 - share * (1 - part) for part in parts)
-
-
-def draw_operations_left(
-    frames: Sequence[Frame], epochs: int, directory: str | os.PathLike[str]
-) -> list[pathlib.Path]:
-    """Draw the share of each kind among the operations left as `operations.svg`."""
-    return save_figure(operations_left_figure(frames, epochs), directory, "operations", ("svg",))
 
 
 def operations_left_figure(frames: Sequence[Frame], epochs: int) -> Figure:

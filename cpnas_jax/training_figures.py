@@ -1,14 +1,12 @@
 """Figure of trainings: each term of the loss and the accuracies, over the epochs."""
 
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cpnas_jax.figures import CHILD_COLOUR, PARENT_COLOUR, plain_axes, save_figure
+from cpnas_jax.figures import CHILD_COLOUR, PARENT_COLOUR, plain_axes
 
 Lines = Sequence[Mapping[str, Any]]
 """Of `metrics.jsonl`, as objects."""
@@ -22,13 +20,6 @@ _TITLES = {
     "reconstruction": "reconstruction, eq. 4.17",
     "center": "center, eq. 4.18",
 }
-
-
-def draw_training(
-    trainings: Mapping[str, Lines], terms: Sequence[str], directory: str | os.PathLike[str]
-) -> list[pathlib.Path]:
-    """Draw trainings as `training.svg`; see `training_figure`."""
-    return save_figure(training_figure(trainings, terms), directory, "training", ("svg",))
 
 
 def training_figure(trainings: Mapping[str, Lines], terms: Sequence[str]) -> Figure:

@@ -157,3 +157,8 @@ def test_a_missing_package_is_one_line_that_names_the_extra(monkeypatch, tmp_pat
     assert 'pip install -e ".[tensorboard]"' in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+    # Modes that write no events do without it.
+    config = configs.base_config()
+    config.runtime.tensorboard = True
+    config.mode = "report"
+    configs.validate(config, 1)

@@ -1,5 +1,6 @@
 """The modes `export` and `predict`, from the command line, after the smallest training."""
 
+import dataclasses
 import json
 import sys
 
@@ -12,7 +13,8 @@ from small_training import GENOTYPE, Command, refusal
 from cpnas_jax import export
 from cpnas_jax.deploy import artefact
 from cpnas_jax.export import Agreement
-from cpnas_jax.predict import image_files, read_image
+from cpnas_jax.predict import image_files, open_engine, read_image
+from cpnas_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,40 @@ def test_images_are_classified(command, exported, photos, capsys):
     )
     (whole, *_) = json.loads(capsys.readouterr().out)
     assert sum(found["probability"] for found in whole["classes"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"form": "whole"},
+        {"height": 9},
+        {"share": 0.9},
+        {"form": "central part"},
+        {"form": "central part", "share": 2},
+        {"form": None},
+    ],
+)
+def test_an_unknown_preprocessing_is_told_before_any_image(exported, monkeypatch, change):
+    directory = exported / "export"
+    shipped = artefact.read(directory)
+    form = {**shipped.preprocessing, **change}
+    program = dataclasses.replace(
+        artefact.open_program(directory), shipped=dataclasses.replace(shipped, preprocessing=form)
+    )
+    monkeypatch.setattr(artefact, "open_program", lambda _: program)
+    with pytest.raises(UserError, match=r"export has preprocessing \{.*use the one that wrote it"):
+        open_engine(directory, "xla")
+
+
+def test_alpha_that_hides_nothing_changes_nothing(exported, tmp_path):
+    form = artefact.read(exported / "export").preprocessing
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "plain.png")
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    np.testing.assert_array_equal(
+        *(read_image(tmp_path / name, form) for name in ("plain.png", "alpha.png"))
+    )
 
 
 def test_names_of_images(tmp_path):
@@ -226,6 +262,10 @@ def test_predict_says_what_is_wrong(command, capsys, exported, photos, tmp_path)
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
     deep = line(f"--config.predict.images={tmp_path / 'deep.png'}")
     assert "more than 8 bits; convert it" in deep
+    for mode, see_through in (("RGBA", (0, 0, 0, 0)), ("LA", (255, 254))):
+        Image.new(mode, (9, 9), see_through).save(tmp_path / "glass.png")
+        glass = line(f"--config.predict.images={tmp_path / 'glass.png'}")
+        assert "glass.png is no image that can be read (parts of it are transparent; put" in glass
     absent = line(f"--config.predict.images={photos}", workdir=tmp_path / "other")
     assert "has no model.safetensors" in absent
     assert "the mode `export` writes one" in absent

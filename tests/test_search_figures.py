@@ -11,17 +11,17 @@ from cpnas_jax import config as configs
 from cpnas_jax.architecture.events import epoch_line, sample_line
 from cpnas_jax.architecture.film import film, thinned
 from cpnas_jax.architecture.parsing import parse_events
-from cpnas_jax.figures import KIND_COLOURS, kind
+from cpnas_jax.figures import KIND_COLOURS, figure_bytes, kind
 from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.search_figures import (
     draw_accuracies,
-    draw_film,
-    draw_operations_left,
+    film_figure,
     kind_shares,
+    operations_left_figure,
     relative,
 )
-from cpnas_jax.training_figures import draw_training
+from cpnas_jax.training_figures import training_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -86,6 +86,10 @@ def test_a_bad_history_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def texts_of(svg):
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
 def frames_of(strategy, **settings):
     config = configs.base_config()
     config.search.update(strategy=strategy, rounds=1, **settings)
@@ -93,11 +97,10 @@ def frames_of(strategy, **settings):
     return film(parse_events(lines), config.search.operations), lines
 
 
-def test_a_film_draws_every_operation_and_every_drop(tmp_path):
+def test_a_film_draws_every_operation_and_every_drop():
     frames, _ = frames_of("cp")
-    (path,) = draw_film(frames, tmp_path)
-    text = path.read_text()
-    texts = [element.text for element in ElementTree.fromstring(text).iter(f"{SVG}text")]
+    text = figure_bytes(film_figure(frames), "svg").decode()
+    texts = texts_of(text)
     assert [t for t in texts if t and t.startswith("K = ")] == [
         f"K = {k}" for k in range(8, 1, -1)
     ] * 2
@@ -129,19 +132,17 @@ def test_shares_of_the_operations_left():
 
 
 @pytest.mark.parametrize("strategy", ["cp", "cp_gradient", "darts"])
-def test_operations_left_are_told_at_every_drop(tmp_path, strategy):
+def test_operations_left_are_told_at_every_drop(strategy):
     frames, lines = frames_of(strategy, epochs=24)
-    (path,) = draw_operations_left(frames, len(lines), tmp_path)
-    texts = [e.text or "" for e in ElementTree.parse(path).getroot().iter(f"{SVG}text")]
+    texts = texts_of(figure_bytes(operations_left_figure(frames, len(lines)), "svg"))
     drops = [224 - 28 * n for n in range(8)] if strategy != "darts" else [224]
     assert [int(t) for t in texts if t.strip() in map(str, drops) and int(t) > 20] == drops
 
 
-def test_training_has_a_panel_for_every_term_that_is_not_always_zero(tmp_path):
+def test_training_has_a_panel_for_every_term_that_is_not_always_zero():
     trainings = {"train": made_runs.metrics_lines(5), "parent": made_runs.metrics_lines(4, False)}
     terms = ("cross_entropy", "auxiliary", "reconstruction", "center", "parent")
-    (path,) = draw_training(trainings, terms, tmp_path)
-    texts = {e.text for e in ElementTree.parse(path).getroot().iter(f"{SVG}text")}
+    texts = set(texts_of(figure_bytes(training_figure(trainings, terms), "svg")))
     titles = {"accuracy, %", "loss", "cross entropy", "learning rate"}
     assert titles | {"reconstruction, eq. 4.17", "center, eq. 4.18"} <= texts
     assert not texts & {"auxiliary", "parent"}

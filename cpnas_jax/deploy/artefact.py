@@ -1,12 +1,10 @@
 """The directory of a shipped network: what is in its files, written whole and read with care.
 
-`model.safetensors` holds three tensors for the stem, each cell and the classifier, as far as they
-have any: `<part>.bits`, uint8, kernels and flips of 1-bit steps; `<part>.float32`; `<part>.int8`.
-In each the tensors of the part's steps follow each other in the order of `structure.steps`, each in
-C order; every tensor of bits begins with a byte of its own. The metadata say everything else, see
+`model.safetensors` holds the tensors (see `layout`) and in its metadata everything else, see
 `FIELDS`. Sums of all files' bytes (SHA-256) are among them, so that an altered file is refused.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -25,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cpnas_jax.deploy import iree_engine, program
-from cpnas_jax.deploy.bits import from_bytes, to_bytes
 from cpnas_jax.deploy.iree_engine import IreeError, IreeProgram
+from cpnas_jax.deploy.layout import ArtefactError, blobs, from_blobs, one_line
 from cpnas_jax.deploy.program import AllTensors
-from cpnas_jax.deploy.structure import Spec, Structure, steps
+from cpnas_jax.deploy.structure import Structure
 
 FORMAT = "cpnas_jax"
 VERSION = 1
@@ -50,12 +48,6 @@ FIELDS = {
     "files": "JSON: SHA-256 of the directory's other files",
 }
 """The metadata of `model.safetensors`."""
-
-_DTYPES = {"bits": np.uint8, "float32": np.float32, "int8": np.int8}
-
-
-class ArtefactError(ValueError):
-    """A directory that holds no network that can be used; the message says what would be right."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,55 +76,6 @@ class Shipped:
         return np.asarray(
             program.logits(self.structure, self.tensors, jax.numpy.asarray(images), engine)
         )
-
-
-def blobs(structure: Structure, tensors: AllTensors) -> dict[str, np.ndarray]:
-    """Return the tensors of `model.safetensors`."""
-    parts: dict[str, list[np.ndarray]] = {}
-    for step in steps(structure):
-        for field, spec in step.tensors.items():
-            own = tensors[step.name][field]
-            flat = to_bytes(own) if spec.kind == "bits" else own.astype(_DTYPES[spec.kind]).ravel()
-            parts.setdefault(f"{step.part}.{spec.kind}", []).append(flat)
-    return {name: np.concatenate(own) for name, own in parts.items()}
-
-
-def _stored(spec: Spec) -> int:
-    """Return how many entries of a blob a tensor takes."""
-    return -(-spec.size // 8) if spec.kind == "bits" else spec.size
-
-
-def from_blobs(structure: Structure, stored: Mapping[str, np.ndarray]) -> AllTensors:
-    """Return the tensors of all steps.
-
-    Raises:
-        ArtefactError: a blob is missing, too much or of another size.
-    """
-    places: dict[str, int] = {}
-    tensors: dict[str, dict[str, np.ndarray]] = {}
-    for step in steps(structure):
-        own = tensors.setdefault(step.name, {})
-        for field, spec in step.tensors.items():
-            name = f"{step.part}.{spec.kind}"
-            first = places.get(name, 0)
-            places[name] = first + _stored(spec)
-            blob = stored.get(name, np.zeros(0))
-            if blob.dtype != _DTYPES[spec.kind] or len(blob) < places[name]:
-                raise ArtefactError(
-                    f"tensor {name!r} does not fit the cells: it ends in {step.name}"
-                )
-            own[field] = _unpacked(spec, blob[first : places[name]])
-    for name, blob in stored.items():
-        if len(blob) != places.get(name, 0):
-            raise ArtefactError(
-                f"tensor {name!r} does not fit the cells: it has {len(blob)} entries in place of "
-                f"{places.get(name, 0)}"
-            )
-    return tensors
-
-
-def _unpacked(spec: Spec, values: np.ndarray) -> np.ndarray:
-    return from_bytes(values, spec.shape) if spec.kind == "bits" else values.reshape(spec.shape)
 
 
 def _digest(stored: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
@@ -169,6 +112,7 @@ def write(
     target = pathlib.Path(directory)
     if target.exists():
         raise ArtefactError(f"{target} exists; give a directory that does not, or delete it")
+    made = [path for path in target.parents if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -189,6 +133,10 @@ def write(
         raise ArtefactError(f"nothing was written to {target}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        # Innermost first; one that holds something stays, with those around it.
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def _check_iree(found: IreeProgram, written: "Program") -> None:
@@ -259,10 +207,10 @@ def readme(shipped: Shipped, iree: Iterable[str] = ()) -> str:
     height, width, channels = shipped.structure.image
     kind = "A 1-bit child" if shipped.structure.binary else "A float parent"
     classes, platforms = shipped.structure.num_classes, ", ".join(program.PLATFORMS)
-    layout = "`cpnas_jax/deploy/artefact.py`"
+    layout = "`cpnas_jax/deploy/artefact.py`, `layout.py`"
     return f"""# {kind} network, exported by cpnas_jax
 
-Takes uint8[n, {height}, {width}, {channels}] images, any n, and gives f32[n, {classes}] logits.
+Takes uint8[n, {height}, {width}, {channels}] images, n > 0, and gives f32[n, {classes}] logits.
 
     from cpnas_jax.deploy import artefact
     network = artefact.open_program("this directory")
@@ -296,19 +244,13 @@ def _read(directory: pathlib.Path) -> tuple[Shipped, dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
+            # First: a later format may have tensors of types that are not known here.
+            _refuse_other_format(path, metadata)
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except ArtefactError:
+        raise
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ArtefactError(f"{path} is damaged ({_line(error)}); export it again") from error
-    if metadata.get("format") != FORMAT:
-        raise ArtefactError(
-            f"{path} is no network of {FORMAT}; give a directory that `export` wrote"
-        )
-    version = metadata.get("format_version", "")
-    if version != str(VERSION):
-        raise ArtefactError(
-            f"{path} has format version {version!r}, this cpnas_jax reads {VERSION}; "
-            "use the one that wrote it, or export again"
-        )
+        raise ArtefactError(f"{path} is damaged ({one_line(error)}); export it again") from error
     if metadata.get("digest") != _digest(stored, metadata):
         raise ArtefactError(f"{path} is damaged (its digest is another); export it again")
     try:
@@ -325,8 +267,21 @@ def _read(directory: pathlib.Path) -> tuple[Shipped, dict[str, str]]:
     except ArtefactError as error:
         raise ArtefactError(f"{path}: {error}; export it again") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArtefactError(f"{path} is damaged ({_line(error)}); export it again") from error
+        raise ArtefactError(f"{path} is damaged ({one_line(error)}); export it again") from error
     return shipped, digests
+
+
+def _refuse_other_format(path: pathlib.Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ArtefactError(
+            f"{path} is no network of {FORMAT}; give a directory that `export` wrote"
+        )
+    version = metadata.get("format_version", "")
+    if version != str(VERSION):
+        raise ArtefactError(
+            f"{path} has format version {version!r}, this cpnas_jax reads {VERSION}; "
+            "use the one that wrote it, or export again"
+        )
 
 
 def _checked(directory: pathlib.Path, name: str, digests: Mapping[str, str]) -> bytes:
@@ -361,7 +316,17 @@ class Program:
     expected: np.ndarray
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Return f32[N, classes] of uint8[N, H, W, C]; compiled once for each N."""
+        """Return f32[N, classes] of uint8[N, H, W, C]; compiled once for each N.
+
+        Raises:
+            ValueError: N is 0, or the images are of another shape or type.
+        """
+        shape = (*self.shipped.structure.image,)
+        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+            raise ValueError(
+                f"images are {images.dtype}{list(images.shape)}; this network takes "
+                f"uint8[N, {', '.join(map(str, shape))}], N at least 1"
+            )
         return np.asarray(self.exported.call(images))
 
     def self_check(self) -> float:
@@ -383,10 +348,12 @@ def open_program(directory: str | os.PathLike[str]) -> Program:
         with np.load(io.BytesIO(data[CHECK])) as check:
             images, expected = check["images"], check["logits"]
     except ImportError as error:
-        raise ArtefactError(f"{base / PROGRAM} cannot be read here: {_line(error)}") from error
+        raise ArtefactError(f"{base / PROGRAM} cannot be read here: {one_line(error)}") from error
     # Whatever flatbuffers and numpy raise on data that has the digest but is not theirs.
     except Exception as error:
-        raise ArtefactError(f"{base} cannot be read ({_line(error)}); export it again") from error
+        raise ArtefactError(
+            f"{base} cannot be read ({one_line(error)}); export it again"
+        ) from error
     return Program(shipped, network, images, expected)
 
 
@@ -406,7 +373,3 @@ def open_iree(directory: str | os.PathLike[str]) -> IreeProgram:
         )
     _checked(base, name, digests)
     return IreeProgram(base / name)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

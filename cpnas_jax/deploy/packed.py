@@ -16,7 +16,7 @@ import numpy as np
 from cpnas_jax.deploy import real
 from cpnas_jax.deploy.bits import WORD, num_words, to_words
 from cpnas_jax.deploy.real import Tensors
-from cpnas_jax.deploy.structure import Step
+from cpnas_jax.deploy.steps import Step
 
 _ALL = np.uint32(0xFFFFFFFF)
 

@@ -10,7 +10,8 @@ import numpy as np
 from jax import export, lax
 
 from cpnas_jax.deploy import packed, signed
-from cpnas_jax.deploy.structure import Step, Structure, steps
+from cpnas_jax.deploy.steps import Step
+from cpnas_jax.deploy.structure import Structure, steps
 
 ENGINES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "packed": packed.STEPS,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cpnas_jax.deploy.structure import Step
+from cpnas_jax.deploy.steps import Step
 
 Tensors = Mapping[str, np.ndarray]
 RealStep = Callable[..., jax.Array]

@@ -11,7 +11,7 @@ import numpy as np
 
 from cpnas_jax.deploy import real
 from cpnas_jax.deploy.real import Tensors
-from cpnas_jax.deploy.structure import Step
+from cpnas_jax.deploy.steps import Step
 
 Sums = Callable[[Step, jax.Array, jax.Array, float], jax.Array]
 

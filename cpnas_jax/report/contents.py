@@ -12,6 +12,7 @@ from etils import epath
 from cpnas_jax import predictions
 from cpnas_jax.architecture.events import Event
 from cpnas_jax.architecture.genotype import Genotype
+from cpnas_jax.architecture.notation import load_genotype
 from cpnas_jax.architecture.parsing import parse_events, parse_history
 from cpnas_jax.runtime.errors import UserError, shown
 from cpnas_jax.runtime.paths import user_path
@@ -157,7 +158,7 @@ def _lines(path: epath.Path) -> tuple[dict[str, Any], ...]:
 
 def _genotype(path: epath.Path) -> Genotype | None:
     files = [path / "genotype.json", *(path / name / "genotype.json" for name in TRAININGS)]
-    return next((Genotype.load(file) for file in files if file.exists()), None)
+    return next((load_genotype(file) for file in files if file.exists()), None)
 
 
 def number(data: Mapping[str, Any], key: str, where: str) -> float:

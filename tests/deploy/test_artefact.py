@@ -1,6 +1,7 @@
 """The directory of a shipped network: what it holds, and what is refused."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from random_networks import CLASSES, images_of, shipped_of, variables_of
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from cpnas_jax.deploy import artefact
-from cpnas_jax.deploy.artefact import ArtefactError
+from cpnas_jax.deploy import artefact, program
+from cpnas_jax.deploy.layout import ArtefactError
+from cpnas_jax.deploy.structure import steps
 from cpnas_jax.models.network import NetworkSettings
 
 EDGES = (
@@ -61,6 +63,29 @@ def test_the_program_takes_any_number_of_images(shipped, written):
     for number in (1, 2):
         np.testing.assert_allclose(network(network.images[:number]), expected[:number], atol=1e-5)
     assert set(network.exported.platforms) == {"cpu", "cuda", "tpu"}
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (np.zeros((0, SIZE, SIZE, 3), np.uint8), rf"uint8\[0, {SIZE}, {SIZE}, 3\]; .*N at least 1"),
+        (np.zeros((1, SIZE, SIZE, 1), np.uint8), rf"takes uint8\[N, {SIZE}, {SIZE}, 3\]"),
+        (np.zeros((1, SIZE, SIZE, 3), np.float32), "images are float32"),
+    ],
+)
+def test_what_the_program_does_not_take(written, images, words):
+    with pytest.raises(ValueError, match=words):
+        artefact.open_program(written)(images)
+
+
+def test_the_borders_of_fusions_outlive_the_export(written):
+    """A conditional for each step that XLA:CPU would compute again wherever it is read."""
+    network = artefact.open_program(written)
+    borders = [step for step in steps(network.shipped.structure) if step.op in program._APART]
+    text = network.exported.mlir_module()
+    # One choice of the platform beside.
+    assert len(re.findall(r"stablehlo\.(?:case|if)\b", text)) == len(borders) + 1
+    assert len(borders) > 10
 
 
 def test_a_bit_takes_a_bit(shipped, written):
@@ -116,7 +141,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(
 
     monkeypatch.setattr(artefact, "_write_files", fails)
     with pytest.raises(ArtefactError, match=r"cannot be written .No space left"):
-        artefact.write(shipped, tmp_path / "new", images_of(SIZE))
+        artefact.write(shipped, tmp_path / "some/where/new", images_of(SIZE))
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtefactError, match="cannot be written"):
         artefact.write(shipped, tmp_path / "file/new", images_of(SIZE))
@@ -178,6 +203,22 @@ def test_another_model_is_refused(copy, change, words):
         artefact.open_program(copy)
     assert "\n" not in str(error.value)
     assert artefact.MODEL in str(error.value)
+
+
+def test_a_later_format_is_told_whatever_its_tensors_are(copy):
+    path = copy / artefact.MODEL
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"]["format_version"] = "9"
+    for name, own in header.items():
+        if name.endswith(".bits"):
+            # Eight-bit floats, which numpy does not have.
+            own["dtype"] = "F8_E4M3"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(ArtefactError, match="format version '9', this cpnas_jax reads 1"):
+        artefact.open_program(copy)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from cpnas_jax.deploy import packed, signed
 from cpnas_jax.deploy.bits import from_bytes, num_words, to_bytes, to_words
-from cpnas_jax.deploy.structure import Step
+from cpnas_jax.deploy.steps import Step
 from cpnas_jax.models import layers
 
 RNG = functools.partial(np.random.default_rng)

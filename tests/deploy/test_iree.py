@@ -6,8 +6,8 @@ import pytest
 from random_networks import CLASSES, images_of, shipped_of, variables_of
 
 from cpnas_jax.deploy import artefact, iree_engine
-from cpnas_jax.deploy.artefact import ArtefactError
 from cpnas_jax.deploy.iree_engine import IreeError
+from cpnas_jax.deploy.layout import ArtefactError
 from cpnas_jax.models.network import NetworkSettings
 
 EDGES = (

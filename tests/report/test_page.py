@@ -1,5 +1,6 @@
 """The report of runs of every kind, from their files alone."""
 
+import html
 import html.parser
 import json
 import re
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from cpnas_jax import config as configs
+from cpnas_jax.architecture.genotype import Genotype
+from cpnas_jax.architecture.notation import to_darts
 from cpnas_jax.report import page
 from cpnas_jax.report.answers import MOST_CLASSES
 from cpnas_jax.runtime.errors import UserError
@@ -351,6 +354,16 @@ DAMAGES = {
     ],
     "genotype.json": [(lambda _: "{}", "format is None")],
 }
+
+
+def test_cells_in_darts_notation_are_shown(run):
+    """A workdir may be given its cells in either notation."""
+    genotype = Genotype.load(run / "genotype.json")
+    before = (run / "cells.dot").read_text() if (run / "cells.dot").exists() else None
+    (run / "genotype.json").write_text(to_darts(genotype))
+    text = page.write_report(run)[0].read_text()
+    assert html.escape(to_darts(genotype)) in text
+    assert before in (None, (run / "cells.dot").read_text())
 
 
 @pytest.mark.parametrize(

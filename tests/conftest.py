@@ -7,6 +7,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Threads of numpy's BLAS wait for each other by spinning: with a core for each worker of the tests
+# a regression of 10 ms took seconds.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
 import jax

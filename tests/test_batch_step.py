@@ -145,7 +145,14 @@ def initial(seed, binary):
     return jax.device_get(make(jax.random.key(seed)))
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside its parent"])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param(False, id="alone"),
+        # Off by default.
+        pytest.param(True, id="beside its parent", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_on_two_devices(beside):
     images = normal((2, PER_DEVICE, SIDE, SIDE, 3), 0)
     # Class 4 is nowhere, class 0 on both devices.

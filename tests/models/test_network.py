@@ -239,13 +239,16 @@ def test_levers_are_of_the_child_alone(lever):
 @pytest.mark.parametrize(
     "settings",
     [
-        dataclasses.replace(SMALL, cells=1),
+        pytest.param(dataclasses.replace(SMALL, cells=1), id="a 1-bit cell"),
         # With convolutions, which are what recomputing saves the memory of.
-        dataclasses.replace(
-            DEEP, normal=((0, 2, "sep_conv_3x3"), *CHAIN[1:]), reduce=CHAIN, binary=False
+        pytest.param(
+            dataclasses.replace(
+                DEEP, normal=((0, 2, "sep_conv_3x3"), *CHAIN[1:]), reduce=CHAIN, binary=False
+            ),
+            id="scanned cells",
+            marks=pytest.mark.slow,
         ),
     ],
-    ids=["a 1-bit cell", "scanned cells"],
 )
 def test_recomputing_changes_no_number(settings):
     settings = dataclasses.replace(settings, auxiliary=False)

@@ -23,12 +23,17 @@ import numpy as np
 from config_files import load_config
 
 from cpnas_jax.architecture.events import sample_line
-from cpnas_jax.architecture.sampling import num_sampled_epochs, stage_permutations
+from cpnas_jax.architecture.sampling import (
+    all_survivors,
+    num_sampled_epochs,
+    stage_permutations,
+)
 from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
 from cpnas_jax.runtime import environment
 from cpnas_jax.runtime.checkpoints import Checkpoints
 from cpnas_jax.search_networks import MODELS, EpochSums, Networks
-from cpnas_jax.search_state import Progress
+from cpnas_jax.search_state import Position, Progress
+from cpnas_jax.strategies import sampled_strategy
 
 
 def sampled_epoch(networks: Networks, architectures: np.ndarray) -> None:
@@ -62,7 +67,9 @@ def main() -> None:
     total = num_sampled_epochs(config.search.rounds)
     networks = Networks(config, *parts, total, time.monotonic())
     networks.load(networks.initial_state())
-    progress = Progress.start(tuple(config.search.operations))
+    strategy = sampled_strategy(config)
+    survivors, stage = all_survivors(strategy.operations), len(strategy.operations)
+    progress = Progress(Position(stage), survivors, *strategy.begin_alpha())
     # As long a history as a search has in the end.
     history = []
 

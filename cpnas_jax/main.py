@@ -33,6 +33,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from cpnas_jax import config as configs
+from cpnas_jax import config_keys
 from cpnas_jax.compare import compare
 from cpnas_jax.export import export_mode
 from cpnas_jax.modes import evaluate_mode, summary_mode
@@ -120,7 +121,7 @@ def _run_watched(config: config_dict.ConfigDict, workdir: str, devices: int) -> 
     processes.first_alone(lambda: configs.validate(config, devices))
     versions = environment.record()["versions"]
     processes.require_agreement(
-        "the start", config=configs.flatten(config), workdir=workdir, versions=versions
+        "the start", config=config_keys.flatten(config), workdir=workdir, versions=versions
     )
     if config.runtime.compilation_cache:
         environment.cache_compiled_programs()

@@ -12,7 +12,7 @@ from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.sampling import all_survivors
 from cpnas_jax.bilevel_networks import BilevelNetworks
 from cpnas_jax.bilevel_run import BilevelRun
-from cpnas_jax.config import config_hash, deciding_keys, flatten
+from cpnas_jax.config_keys import config_hash, deciding_keys, flatten
 from cpnas_jax.data.datasets import limit_examples, load_split, train_validation_parts
 from cpnas_jax.data.undecodable import tell_skipped
 from cpnas_jax.decision_text import decision_text

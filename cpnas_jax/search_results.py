@@ -16,7 +16,7 @@ from cpnas_jax.architecture.events import EPOCHS
 from cpnas_jax.architecture.genotype import Genotype, indicator_pairs
 from cpnas_jax.architecture.notation import to_darts
 from cpnas_jax.architecture.replay import ReplayResult
-from cpnas_jax.config import config_hash
+from cpnas_jax.config_keys import config_hash
 from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.atomic import write_atomically
 from cpnas_jax.runtime.console import Reporter

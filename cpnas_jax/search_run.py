@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ml_collections import config_dict
 
 from cpnas_jax.architecture.collapse import parameter_free_share
-from cpnas_jax.config import config_hash, deciding_keys, flatten
+from cpnas_jax.config_keys import config_hash, deciding_keys, flatten
 from cpnas_jax.data.undecodable import refuse_other
 from cpnas_jax.decision_text import decision_text
 from cpnas_jax.diagnosis import NotFinite

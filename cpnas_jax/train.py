@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from cpnas_jax.architecture.genotype import Genotype
-from cpnas_jax.config import deciding_keys, flatten
+from cpnas_jax.config_keys import deciding_keys, flatten
 from cpnas_jax.data.undecodable import tell_skipped
 from cpnas_jax.diagnosis import NotFinite
 from cpnas_jax.evaluate import Evaluation

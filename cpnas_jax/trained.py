@@ -9,7 +9,7 @@ from ml_collections import config_dict
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.named import NAMES, named_genotype
 from cpnas_jax.architecture.notation import load_genotype
-from cpnas_jax.config import deciding_keys, keys_hash
+from cpnas_jax.config_keys import deciding_keys, keys_hash
 from cpnas_jax.runtime import processes
 from cpnas_jax.runtime.checkpoints import holds_checkpoints
 from cpnas_jax.runtime.console import Reporter

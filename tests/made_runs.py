@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from cpnas_jax import config as configs
-from cpnas_jax import predictions
+from cpnas_jax import config_keys, predictions
 from cpnas_jax.architecture.events import epoch_line, sample_line, scores_line
 from cpnas_jax.architecture.genotype import Genotype, from_architecture
 from cpnas_jax.architecture.sampling import LAST_STAGE, all_survivors
@@ -163,7 +163,7 @@ def write_lines(path, lines):
 
 def put_config(workdir, config, phases=("search",)):
     workdir.mkdir(parents=True, exist_ok=True)
-    stored = {"config": configs.flatten(config), **dict.fromkeys(phases, RECORD)}
+    stored = {"config": config_keys.flatten(config), **dict.fromkeys(phases, RECORD)}
     (workdir / "config.json").write_text(json.dumps(stored))
 
 
@@ -214,5 +214,5 @@ def whole_run(workdir, rounds=1, class_names=tuple("0123456789"), **sizes):
     for name in ("train", "parent"):
         put_training(workdir, name, class_names, **sizes)
     (workdir / "summary.json").write_text(json.dumps(SUMMARY))
-    assert stored_rule(configs.flatten(config)).total == 35 * rounds
+    assert stored_rule(config_keys.flatten(config)).total == 35 * rounds
     return workdir

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from cpnas_jax import compare as module
 from cpnas_jax import config as configs
+from cpnas_jax import config_keys
 from cpnas_jax.architecture.named import named_genotype
 from cpnas_jax.compare import compare, kind_shares, run_config, variants
 from cpnas_jax.comparison import KINDS, Outcome
@@ -138,7 +139,7 @@ def test_a_run_is_that_of_its_own_command():
     alone = configs.base_config()
     alone.seed, alone.search.beta_p = 5, 1.0
     for phase in ("search", "train"):
-        assert configs.deciding_keys(own, phase) == configs.deciding_keys(alone, phase)
+        assert config_keys.deciding_keys(own, phase) == config_keys.deciding_keys(alone, phase)
     assert config.seed == 0
 
 

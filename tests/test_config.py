@@ -9,7 +9,7 @@ import pytest
 from reads import OF_GRADIENT, OF_SAMPLED
 
 from cpnas_jax import config as configs
-from cpnas_jax import config_rules
+from cpnas_jax import config_keys, config_rules
 from cpnas_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,7 +24,7 @@ def load(path, argument):
 
 
 def test_every_key_has_a_rule():
-    assert set(configs.flatten(configs.base_config())) == configs.RULED_KEYS
+    assert set(config_keys.flatten(configs.base_config())) == configs.RULED_KEYS
 
 
 EVIDENCE = re.compile(r"\[(paper|kin|ours)\]")
@@ -221,14 +221,14 @@ def another(value):
 @pytest.mark.parametrize("key", sorted(configs.RULED_KEYS))
 def test_exactly_what_decides_a_result_changes_the_hash(key, phase):
     config = configs.base_config()
-    before = configs.keys_hash(configs.deciding_keys(config, phase))
+    before = config_keys.keys_hash(config_keys.deciding_keys(config, phase))
     *sections, name = key.split(".")
     node = config
     for section in sections:
         node = node[section]
     node[name] = another(node[name])
     other = OF_TRAINING if phase == "search" else OF_SEARCH
-    same = configs.keys_hash(configs.deciding_keys(config, phase)) == before
+    same = config_keys.keys_hash(config_keys.deciding_keys(config, phase)) == before
     assert same == (key in INDIFFERENT | other)
 
 
@@ -237,7 +237,7 @@ def test_only_keys_that_a_strategy_reads_decide_its_search(strategy):
     """So that a comparison can be asked for more of another strategy later."""
     config = configs.base_config()
     config.search.strategy = strategy
-    deciding = set(configs.deciding_keys(config))
+    deciding = set(config_keys.deciding_keys(config))
     if strategy == "random":
         assert not deciding & (OF_GRADIENT | OF_SAMPLED | {"search.beta_p", "search.rounds"})
     for family, keys in (

@@ -11,7 +11,7 @@ import pytest
 from command_line import ROOT, call_main
 
 from cpnas_jax import config as configs
-from cpnas_jax import main
+from cpnas_jax import config_keys, main
 from cpnas_jax.runtime import workdir
 
 MNIST = "--config=configs/mnist5k.py:search,smoke"
@@ -153,7 +153,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path, capsys, call):
 
 def test_another_config_in_the_workdir_is_refused_with_the_differing_keys(tmp_path, capsys, call):
     config = configs.base_config()
-    workdir.Workdir(tmp_path).claim("train", configs.flatten(config), {}, (), resumed=False)
+    workdir.Workdir(tmp_path).claim("train", config_keys.flatten(config), {}, (), resumed=False)
     arguments = (
         "--config=configs/cifar10.py",
         f"--workdir={tmp_path}",

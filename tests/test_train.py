@@ -29,7 +29,7 @@ from reads import note_reads
 from scipy import special
 
 from cpnas_jax import config as configs
-from cpnas_jax import modes, predictions, train_step
+from cpnas_jax import config_keys, modes, predictions, train_step
 from cpnas_jax import train as train_module
 from cpnas_jax import trained as trained_module
 from cpnas_jax.models.network import Network
@@ -382,14 +382,14 @@ def test_a_search_leaves_the_choice_of_the_network(config, tmp_path):
     searched.network.channels, searched.train.epochs = 32, 600
     path = tmp_path / "run/config.json"
     path.parent.mkdir()
-    path.write_text(json.dumps({"config": configs.flatten(searched)}))
+    path.write_text(json.dumps({"config": config_keys.flatten(searched)}))
     config.seed = 1
     with pytest.raises(UserError, match="differing: seed") as caught:
         run(config, tmp_path / "run")
     assert "channels" not in str(caught.value)
     config.seed = 0
     run(config, tmp_path / "run")
-    assert json.loads(path.read_text())["config"] == configs.flatten(config)
+    assert json.loads(path.read_text())["config"] == config_keys.flatten(config)
     config.network.channels = 8
     with pytest.raises(UserError, match=r"differing: network\.channels"):
         run(config, tmp_path / "run")

@@ -8,7 +8,8 @@ from typing import Any
 from cpnas_jax.architecture.events import EpochEvent, SampleEvent
 from cpnas_jax.architecture.gradient import GradientRule
 from cpnas_jax.architecture.plus import ChildParentPlus
-from cpnas_jax.config import base_config, flatten
+from cpnas_jax.config import base_config
+from cpnas_jax.config_keys import flatten
 from cpnas_jax.report.contents import Contents, Training, number, section
 from cpnas_jax.runtime.console import duration
 from cpnas_jax.runtime.errors import UserError

@@ -254,16 +254,13 @@ def report(keep: Path, say: Callable[[str], None] = print) -> None:
         for age in [age for age in first if age in second]:
             pairs = zip(scores(first[age]).items(), scores(second[age]).values(), strict=True)
             for (score, a), b in pairs:
-                both = [
-                    agreement(
-                        *(
-                            estimate(rows["architectures"], values, groups=rows["groups"])
-                            for rows, values in ((first[age], a), (second[age], b))
-                        ),
-                        ALL,
+                both = []
+                for estimate in (mean_scores, ridge_effects):
+                    one, other = (
+                        estimate(rows["architectures"], values, groups=rows["groups"])
+                        for rows, values in ((first[age], a), (second[age], b))
                     )
-                    for estimate in (mean_scores, ridge_effects)
-                ]
+                    both.append(agreement(one, other, ALL))
                 result["reliability"][f"seeds {sampling} {age} {score}"] = both
                 say(f"{sampling} {age} {score:20} {both[0]:.2f} {both[1]:.2f}")
     for kind, found in trained.items():
@@ -271,9 +268,9 @@ def report(keep: Path, say: Callable[[str], None] = print) -> None:
         say(f"Trained {kind}: {spread}")
         table = validity(supernets, found)
         result["validity"][kind] = {"spread": spread}
-        for way, of in table.items():
-            say(f"{way}: " + ", ".join(f"{score} {tau_text(tau)}" for score, tau in of.items()))
+        for way, taus in table.items():
+            say(f"{way}: " + ", ".join(f"{score} {tau_text(tau)}" for score, tau in taus.items()))
             result["validity"][kind][way] = {
-                score: [tau.value, tau.low, tau.high, tau.n] for score, tau in of.items()
+                score: [tau.value, tau.low, tau.high, tau.n] for score, tau in taus.items()
             }
     say(json.dumps(result))

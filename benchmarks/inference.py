@@ -28,6 +28,7 @@ import re
 import sys
 import tempfile
 import time
+from typing import Any
 
 FORMS = ("float", "signed", "packed", "iree")
 BATCHES = (1, 64)
@@ -45,7 +46,8 @@ def answer(form: str, directory: str, batches: list[int]) -> None:
     from cpnas_jax.deploy import artefact, program
 
     network = artefact.open_program(directory)
-    shape, facts, calls = network.shipped.structure.image, {}, {}
+    shape, facts = network.shipped.structure.image, {}
+    calls: dict[int, Any] = {}
     for batch in batches:
         like = jax.ShapeDtypeStruct((batch, *shape), jnp.uint8)
         start = time.perf_counter()

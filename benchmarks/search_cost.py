@@ -31,6 +31,7 @@ import pathlib
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +161,7 @@ class Benchmark:
             steps_per_epoch=TRAINING // flags.batch,
         )
         self.programs: dict[str, Program] = {}
-        self.states: dict[str, object] = {}
+        self.states: dict[str, Any] = {}
         self.counts = dict.fromkeys(TIMED, 0)
         self._make_cp()
         self._make_specialised()

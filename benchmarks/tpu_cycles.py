@@ -28,6 +28,7 @@ import os
 import pathlib
 import re
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,7 @@ def compiled_cases(names: list[str], libtpu: str, topology: str) -> list[dict]:
         TPU_ACCELERATOR_TYPE="v5litepod-4",
         TPU_WORKER_HOSTNAMES="localhost",
     )
-    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    device: Any = topologies.get_topology_desc(topology, platform="tpu").devices[0]
     rows = []
     for name in names:
         rows.append({**compile_case(name, device), "device": device.device_kind})

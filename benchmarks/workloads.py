@@ -140,7 +140,8 @@ def training_work(config: config_dict.ConfigDict, genotype: str, devices: int) -
         step = make_batch_step(step_settings, own._optimizer, own._parent_optimizer)
         state = jax.eval_shape(own._make_state, _key(), _key())
         number = jax.ShapeDtypeStruct((), np.int32)
-        call = TrainCall(*[number] * 5, key=jax.ShapeDtypeStruct((2,), np.uint32))
+        key = jax.ShapeDtypeStruct((2,), np.uint32)
+        call = TrainCall(number, number, number, number, number, key)
         count = config.train.batch_size // devices
         statistics = jax.ShapeDtypeStruct((3,), np.float32)
         batch = Examples(

@@ -7,20 +7,24 @@ from cpnas_jax.runtime import environment
 
 
 @pytest.mark.parametrize(
-    ("backend", "processes", "expected"),
-    [
-        ("tpu", 4, {}),
-        ("cpu", 1, {"xla_backend_optimization_level": 2}),
-        (
-            *("cpu", 2),
-            {
-                "xla_backend_optimization_level": 2,
-                "xla_cpu_enable_concurrency_optimized_scheduler": False,
-            },
-        ),
-    ],
+    ("backend", "expected"), [("tpu", {}), ("cpu", {"xla_backend_optimization_level": 2})]
 )
-def test_options_of_a_kind_of_device(monkeypatch, backend, processes, expected):
+def test_options_of_a_kind_of_device(monkeypatch, backend, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
     assert environment.compiler_options(2) == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "devices", "kept"),
+    [("cpu", 1, True), ("cpu", 2, False), ("tpu", 8, True), ("gpu", 1, True)],
+)
+def test_programs_that_are_kept(monkeypatch, tmp_path, backend, devices, kept):
+    set_to = {}
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    environment.cache_compiled_programs()
+    assert ("jax_compilation_cache_dir" in set_to) == kept
+    if kept:
+        assert set_to["jax_compilation_cache_dir"] == str(tmp_path / "cpnas_jax/programs")

@@ -148,20 +148,24 @@ def wait_for(log, text, process):
 
 
 @pytest.mark.slow
-def test_collectives_of_small_layers_keep_their_order(files, tmp_path):
-    """Statistics over all devices, many and small: processes met them each in its own order."""
+@pytest.mark.parametrize(("processes", "devices"), [(1, 4), (2, 2)])
+def test_collectives_of_small_layers_keep_their_order(files, tmp_path, processes, devices):
+    """Statistics over all devices, many and small: at the second start each met its own order."""
     keys = [
         *("--config.search.cells=1", "--config.search.reductions=(0,)"),
         *("--config.dataset.image_size=12", "--config.search.rounds=1", "--config.seed=3"),
     ]
-    ended = run_together(
-        lambda coordinator, index: [
-            *("-m", "cpnas_jax.main", "--config=configs/cifar10.py:search,smoke"),
-            *(f"--config.dataset.data_dir={files / 'data'}", f"--workdir={tmp_path}", *keys),
-            *(f"--coordinator={coordinator}", "--num_processes=2", f"--process_id={index}"),
-        ],
-        *(2, 2),
-        XDG_CACHE_HOME=str(files / "cache"),
-    )
-    assert [status for status, *_ in ended] == [0, 0], ended
-    assert (tmp_path / "genotype.json").exists()
+    for name in ("first", "second"):
+        workdir = tmp_path / name
+        ended = run_together(
+            lambda coordinator, index, workdir=workdir: [
+                *("-m", "cpnas_jax.main", "--config=configs/cifar10.py:search,smoke"),
+                *(f"--config.dataset.data_dir={files / 'data'}", f"--workdir={workdir}", *keys),
+                *(f"--coordinator={coordinator}", f"--num_processes={processes}"),
+                f"--process_id={index}",
+            ],
+            *(processes, devices),
+            XDG_CACHE_HOME=str(tmp_path / "cache"),
+        )
+        assert [status for status, *_ in ended] == [0] * processes, ended
+    assert OUTCOMES["search"](tmp_path / "second") == OUTCOMES["search"](tmp_path / "first")

@@ -10,7 +10,7 @@ from reads import OF_GRADIENT, OF_SAMPLED, note_reads
 from rich.console import Console
 
 from cpnas_jax import config as configs
-from cpnas_jax import main, search_networks, search_results
+from cpnas_jax import config_keys, main, search_networks, search_results
 from cpnas_jax import search as search_module
 from cpnas_jax.models.space import CHILD, PARENT
 from cpnas_jax.runtime.console import Reporter
@@ -184,7 +184,7 @@ def test_every_key_of_the_search_is_read(programs, tmp_path, monkeypatch):
     monkeypatch.setattr(main.environment, "cache_compiled_programs", lambda: None)
     # Checks and records look at every key.
     for name in ("validate", "flatten", "config_hash", "deciding_keys"):
-        for module in (configs, search_module, search_results):
+        for module in (configs, config_keys, search_module, search_results):
             if hasattr(module, name):
                 value = {"validate": None, "config_hash": "0"}.get(name, {})
                 monkeypatch.setattr(module, name, lambda *_, value=value: value)

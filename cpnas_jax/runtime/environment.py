@@ -81,12 +81,7 @@ def compiler_options(level: int) -> dict[str, int]:
     """Return XLA's options for an optimization level of LLVM, which a CPU alone has."""
     if jax.default_backend() != "cpu":
         return {}
-    options = {"xla_backend_optimization_level": level}
-    if jax.process_count() > 1:
-        # It lets collectives that do not need each other be met in another order in each process;
-        # Gloo tells them apart by their order alone, and waits for ever, or for 30 seconds.
-        options["xla_cpu_enable_concurrency_optimized_scheduler"] = False
-    return options
+    return {"xla_backend_optimization_level": level}
 
 
 def device_memory() -> int | None:
@@ -124,7 +119,14 @@ def record() -> dict[str, Any]:
 
 
 def cache_compiled_programs() -> None:
-    """Keep compiled programs between processes: a resumed run starts without compiling."""
+    """Keep compiled programs between processes: a resumed run starts without compiling.
+
+    Not those of several CPU devices. What XLA:CPU reads back has lost the order of collectives that
+    do not need each other: several processes wait for ever or end with an error of Gloo, which
+    tells collectives apart by their order alone; one process of several devices crashes.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        return
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(Path(base) / "cpnas_jax" / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -19,15 +19,20 @@ Exit status: 0 done; 1 failed, the reason on stderr; 2 usage; 75 stopped by SIGT
 saved: the same command goes on.
 """
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
 if __name__ == "__main__":
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
     # Importing takes seconds, in which Ctrl-C would show a traceback.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, lambda *_: os._exit(75))
+    # Registered first, called last: while Python takes itself apart a signal would still give a
+    # status of its own to a run that is done.
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in _SIGNALS])
 
 from absl import flags
 from ml_collections import config_dict, config_flags

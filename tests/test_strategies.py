@@ -95,4 +95,3 @@ def test_the_whole_search_of_mnist5k(base, tmp_path, name):
     if name != "random":
         # Ten digits; a supernet of a few hundred steps knows some of them.
         assert np.mean(scored[-5:]) > 0.15
-        assert results["flops"] > 0

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from cpnas_jax import config as configs
-from cpnas_jax import feeds, modes
+from cpnas_jax import config_keys, feeds, modes
 from cpnas_jax import pipeline as pipeline_module
 from cpnas_jax.architecture.genotype import Edge, Genotype
 from cpnas_jax.data.datasets import Split
@@ -70,7 +70,7 @@ def config():
 def put_search(config, workdir):
     """Leave the files of a finished search; searching has its own tests."""
     workdir.mkdir(exist_ok=True)
-    provenance = {"config_hash": configs.config_hash(config), "dataset": "mnist5k", "seed": 0}
+    provenance = {"config_hash": config_keys.config_hash(config), "dataset": "mnist5k", "seed": 0}
     genotype = Genotype(CELL, CELL, "all", provenance=tuple(provenance.items()))
     genotype.save(workdir / "genotype.json")
     (workdir / "results.json").write_text(json.dumps({"search": {"seconds": 3.0}}))

@@ -55,7 +55,8 @@ def _predict(
     size = min(options.batch_size, len(files))
     for paths, images in _read(files, shipped.preprocessing, options.batch_size):
         # The last batch is filled up, so that nothing is compiled for it.
-        filled = np.resize(images, (size, *images.shape[1:]))
+        length = size if options.engine == "xla" else len(images)
+        filled = np.resize(images, (length, *images.shape[1:]))
         answers += answers_of(network(filled)[: len(paths)], paths, shipped.classes, options.top)
     if options.format == "json":
         reporter.say(json.dumps(answers, indent=1))
@@ -100,9 +101,10 @@ def _check_form(directory: str | os.PathLike[str], shipped: Shipped) -> None:
     form, image = shipped.preprocessing, shipped.structure.image
     fields = {"central part": {"form", "share"}, "central square": {"form"}}
     sides = dict(zip(("height", "width", "channels"), image, strict=True))
-    known = fields.get(form.get("form", ""))
+    known = fields.get(str(form.get("form", "")))
     if (
         known is None
+        or not isinstance(form.get("share", 1), int | float)
         or set(form) != known | set(sides)
         or any(form[name] != size for name, size in sides.items())
         or not 0 < form.get("share", 1) <= 1
@@ -176,7 +178,7 @@ def read_image(path: pathlib.Path, form: Mapping[str, Any]) -> np.ndarray:
     """
     height, width, channels = (int(form[name]) for name in ("height", "width", "channels"))
     try:
-        encoded = plain(path.read_bytes())
+        encoded = plain(path.read_bytes(), with_alpha=channels == 4)
         if form["form"] == "central part":
             return views.read_view(
                 encoded,
@@ -196,11 +198,15 @@ def read_image(path: pathlib.Path, form: Mapping[str, Any]) -> np.ndarray:
         raise UserError(f"{path} is no image that can be read ({reason})") from error
 
 
-def plain(encoded: bytes) -> bytes:
+def plain(encoded: bytes, *, with_alpha: bool = False) -> bytes:
     """Return an image file whose pixels lie as its EXIF orientation says they are to be seen.
 
+    Args:
+        encoded: the file.
+        with_alpha: whether the network sees transparency too.
+
     Raises:
-        ValueError: pixels have more than 8 bits, or some can be seen through: what is left of
+        ValueError: grey pixels have more than 8 bits, or some can be seen through: what is left of
             either without the rest need not be what a person sees.
 
     Phones store photos as the sensor lay. The images of data sets have no such note, or it was
@@ -209,7 +215,7 @@ def plain(encoded: bytes) -> bytes:
     with Image.open(io.BytesIO(encoded)) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError("its pixels have more than 8 bits; convert it to 8 bits a channel")
-        if image.has_transparency_data and _least_alpha(image) < 255:
+        if not with_alpha and image.has_transparency_data and _least_alpha(image) < 255:
             raise ValueError("parts of it are transparent; put it on a background first")
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return encoded

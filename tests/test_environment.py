@@ -26,5 +26,6 @@ def test_programs_that_are_kept(monkeypatch, tmp_path, backend, devices, kept):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     environment.cache_compiled_programs()
     assert ("jax_compilation_cache_dir" in set_to) == kept
+    assert ("jax_enable_compilation_cache" in set_to) != kept
     if kept:
         assert set_to["jax_compilation_cache_dir"] == str(tmp_path / "cpnas_jax/programs")

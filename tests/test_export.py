@@ -126,6 +126,8 @@ def test_images_are_classified(command, exported, photos, capsys):
         {"form": "central part"},
         {"form": "central part", "share": 2},
         {"form": None},
+        {"form": ["central square"]},
+        {"form": "central part", "share": "7/8"},
     ],
 )
 def test_an_unknown_preprocessing_is_told_before_any_image(exported, monkeypatch, change):

@@ -249,7 +249,7 @@ def _read(directory: pathlib.Path) -> tuple[Shipped, dict[str, str]]:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except ArtefactError:
         raise
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(f"{path} is damaged ({one_line(error)}); export it again") from error
     if metadata.get("digest") != _digest(stored, metadata):
         raise ArtefactError(f"{path} is damaged (its digest is another); export it again")

@@ -126,6 +126,8 @@ def cache_compiled_programs() -> None:
     tells collectives apart by their order alone; one process of several devices crashes.
     """
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        # A cache may have been asked for by JAX's own variable.
+        jax.config.update("jax_enable_compilation_cache", False)
         return
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(Path(base) / "cpnas_jax" / "programs"))

@@ -208,19 +208,22 @@ def test_another_model_is_refused(copy, change, words):
     assert artefact.MODEL in str(error.value)
 
 
-def test_a_later_format_is_told_whatever_its_tensors_are(copy):
+@pytest.mark.parametrize(
+    ("version", "words"), [("9", "format version '9', this cpnas_jax reads 1"), ("1", "is damaged")]
+)
+def test_a_later_format_is_told_whatever_its_tensors_are(copy, version, words):
     path = copy / artefact.MODEL
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header["__metadata__"]["format_version"] = "9"
+    header["__metadata__"]["format_version"] = version
     for name, own in header.items():
         if name.endswith(".bits"):
             # Eight-bit floats, which numpy does not have.
             own["dtype"] = "F8_E4M3"
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    with pytest.raises(ArtefactError, match="format version '9', this cpnas_jax reads 1"):
+    with pytest.raises(ArtefactError, match=words):
         artefact.open_program(copy)
 
 

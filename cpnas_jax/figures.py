@@ -20,7 +20,14 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
 from cpnas_jax.architecture.genotype import Edge, Genotype
-from cpnas_jax.models.space import CELL_TYPES, NUM_INPUTS, NUM_NODES, OPERATIONS
+from cpnas_jax.models.space import (
+    CELL_TYPES,
+    NODE_NAMES,
+    NUM_INPUTS,
+    NUM_NODES,
+    OPERATIONS,
+    node_text,
+)
 from cpnas_jax.runtime.atomic import write_atomically
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -37,7 +44,6 @@ SHORT_NAMES = {
 }
 """Labels of the edges in a figure."""
 
-NODE_NAMES = ("c_{k-2}", "c_{k-1}", "0", "1", "2", "3")
 """Names of a cell's nodes, as the literature writes them."""
 
 TITLES = {"normal": "Normal cell", "reduce": "Reduction cell"}
@@ -153,7 +159,7 @@ def cell_tables(genotype: Genotype) -> str:
         lines += ["", f"{TITLES[cell].lower()}:"]
         for target in range(NUM_INPUTS, NUM_NODES):
             incoming = [edge for edge in edges if edge.target == target]
-            parts = [f"{edge.operation}({_table_name(edge.source)})" for edge in incoming]
+            parts = [f"{edge.operation}({node_text(edge.source)})" for edge in incoming]
             for start in range(0, len(parts), 3):
                 head = f"  node {NODE_NAMES[target]} =" if start == 0 else " " * 10
                 tail = " +" if start + 3 < len(parts) else ""
@@ -165,10 +171,6 @@ def cell_tables(genotype: Genotype) -> str:
         if any(row):
             lines.append(f"{operation:<14}{''.join(f'{count:>8}' for count in row)}")
     return "\n".join(lines)
-
-
-def _table_name(node: int) -> str:
-    return NODE_NAMES[node] if node < NUM_INPUTS else f"node {NODE_NAMES[node]}"
 
 
 def _is_above(edge: Edge) -> bool:

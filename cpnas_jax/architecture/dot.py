@@ -1,9 +1,8 @@
 """Genotypes as directed graphs in Graphviz' DOT, for other programs to draw or read."""
 
 from cpnas_jax.architecture.genotype import Genotype
-from cpnas_jax.models.space import NUM_INPUTS, NUM_NODES
+from cpnas_jax.models.space import NODE_NAMES, NUM_INPUTS, NUM_NODES
 
-INPUT_NAMES = ("c_{k-2}", "c_{k-1}")
 OUTPUT = "output"
 
 
@@ -17,8 +16,7 @@ def to_dot(genotype: Genotype) -> str:
     for cell, edges in genotype.cells():
         lines += [f"  subgraph cluster_{cell} {{", f'    label="{cell}";']
         for node in range(NUM_NODES):
-            name = INPUT_NAMES[node] if node < NUM_INPUTS else str(node - NUM_INPUTS)
-            lines.append(f'    {cell}_{node} [label="{name}"];')
+            lines.append(f'    {cell}_{node} [label="{NODE_NAMES[node]}"];')
         lines.append(f'    {cell}_{OUTPUT} [label="{OUTPUT}"];')
         lines += [
             f'    {cell}_{edge.source} -> {cell}_{edge.target} [label="{edge.operation}"];'

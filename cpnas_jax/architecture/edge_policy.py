@@ -21,6 +21,7 @@ from cpnas_jax.models.space import (
     NUM_NODES,
     NUM_OPERATIONS,
     OPERATIONS,
+    node_text,
 )
 
 NONE = OPERATIONS.index("none")
@@ -45,7 +46,8 @@ class Restored:
     def __str__(self) -> str:
         edge = self.edge
         return (
-            f"{self.cell} cell, edge {edge.source}->{edge.target}: 'none' was left, restored "
+            f"{self.cell} cell, edge {node_text(edge.source)} -> {node_text(edge.target)}: 'none' "
+            f"was left, restored "
             f"'{edge.operation}' with mean z {self.mean_z:.6f} ({self.reason})"
         )
 

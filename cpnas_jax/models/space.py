@@ -30,10 +30,19 @@ NUM_INPUTS = 2
 NUM_NODES = 6
 """Input nodes plus four intermediate nodes."""
 
+NODE_NAMES = ("c_{k-2}", "c_{k-1}", "0", "1", "2", "3")
+"""What people call the nodes: the inputs by their cells, the others from 0 on."""
+
 EDGES = tuple(
     (source, target) for target in range(NUM_INPUTS, NUM_NODES) for source in range(target)
 )
 """The 14 (source, target) pairs, ordered by target node, then source."""
+
+
+def node_text(node: int) -> str:
+    """Return a node's name as it stands in a sentence: `c_{k-1}`, `node 0`."""
+    return NODE_NAMES[node] if node < NUM_INPUTS else f"node {NODE_NAMES[node]}"
+
 
 NUM_EDGES = len(EDGES)
 NUM_OPERATIONS = len(OPERATIONS)

@@ -55,6 +55,7 @@ class Contents:
         genotype: the cells found or trained, or None.
         trainings: those that began.
         summary: content of `summary.json`, or None.
+        shipped: `train` and `parent` -> content of `export.json`, where it was exported.
     """
 
     path: epath.Path
@@ -66,6 +67,7 @@ class Contents:
     genotype: Genotype | None
     trainings: tuple[Training, ...]
     summary: Mapping[str, Any] | None
+    shipped: Mapping[str, Mapping[str, Any]]
 
 
 def read_contents(workdir: str | os.PathLike[str]) -> Contents:
@@ -111,6 +113,7 @@ def read_contents(workdir: str | os.PathLike[str]) -> Contents:
         genotype=_genotype(path),
         trainings=tuple(filter(None, (_training(path, name, results) for name in TRAININGS))),
         summary=_summary(path),
+        shipped={name: found for name in TRAININGS if (found := _shipped(path, name)) is not None},
     )
 
 
@@ -213,6 +216,15 @@ def _evaluation(path: epath.Path) -> dict[str, Any] | None:
             f"{path}: confusion is {shown(confusion)}; it must be {len(names)} rows of "
             f"{len(names)} counts"
         )
+    return found
+
+
+def _shipped(path: epath.Path, name: str) -> dict[str, Any] | None:
+    file = path / name / "export.json"
+    found = _object(file)
+    for key in ("bytes", "images", "close", "largest", "shipped", "trained", "epoch"):
+        if found is not None:
+            number(found, key, os.fspath(file))
     return found
 
 

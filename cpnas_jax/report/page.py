@@ -150,6 +150,7 @@ def render(contents: Contents, figures: dict[str, bytes]) -> str:
         trainings=trainings,
         answers={training.name: answers.answers_of(training) for training in contents.trainings},
         summary=contents.summary,
+        shipped={running.TRAINING_TITLES[name]: own for name, own in contents.shipped.items()},
         costs=running.costs(contents, searched),
         commands=running.commands(contents),
         kinds={name: kind(name) for name in OPERATIONS},

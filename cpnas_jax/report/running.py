@@ -15,6 +15,7 @@ from cpnas_jax.runtime.console import duration
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.strategies import replayed_by, stored_rule
 
+TRAINING_TITLES = {"train": "1-bit child", "parent": "float parent"}
 PHASES = {
     "search": "Search",
     "train": "Training of the 1-bit child",
@@ -91,7 +92,7 @@ def training_state(contents: Contents, training: Training) -> dict[str, Any]:
     so_far = evaluated[-1]["test_accuracy"] if evaluated else found.get("top1")
     return {
         "name": training.name,
-        "title": "1-bit child" if training.name == "train" else "float parent",
+        "title": TRAINING_TITLES[training.name],
         "epochs": int(last.get("epoch", training.results.get("epochs", 0))),
         "total": total,
         "finished": finished,

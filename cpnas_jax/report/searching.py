@@ -8,8 +8,8 @@ import numpy as np
 
 from cpnas_jax.architecture.film import Frame, dropped_in, film, thinned
 from cpnas_jax.architecture.genotype import Genotype
-from cpnas_jax.figures import NODE_NAMES, SHORT_NAMES, TITLES
-from cpnas_jax.models.space import CELL_TYPES, EDGES, NUM_INPUTS, OPERATIONS
+from cpnas_jax.figures import SHORT_NAMES, TITLES
+from cpnas_jax.models.space import CELL_TYPES, EDGES, NODE_NAMES, NUM_INPUTS, OPERATIONS
 from cpnas_jax.report.contents import Contents
 from cpnas_jax.search_figures import relative
 
@@ -55,7 +55,7 @@ def cells_of(frames: Sequence[Frame], genotype: Genotype | None) -> list[dict[st
                     "name": OPERATIONS[k],
                     "short": SHORT_NAMES[OPERATIONS[k]],
                     "kept": kept.get(edge) == OPERATIONS[k],
-                    "fate": _fate(frames, int(gone[row, column, k]), OPERATIONS[k], edge, kept),
+                    "fate": _fate(frames, gone[row, column], OPERATIONS[k], edge, kept),
                     "cells": [
                         _box(frame, shade, (row, column, k))
                         for frame, shade in zip(shown, shades, strict=True)
@@ -78,16 +78,28 @@ def cells_of(frames: Sequence[Frame], genotype: Genotype | None) -> list[dict[st
 
 def _fate(
     frames: Sequence[Frame],
-    dropped: int,
+    gone: np.ndarray,
     operation: str,
     edge: tuple[int, int],
     kept: Mapping[tuple[int, int], str],
 ) -> str:
-    """Say what became of an operation: `kept`, what dropped it, `unused` or `left`."""
+    """Say what became of an operation, in the words that the page explains.
+
+    Args:
+        frames: of the whole film.
+        gone: int[8], the number of the frame that dropped each operation of the edge, or -1.
+        operation: that is asked for.
+        edge: source and target.
+        kept: what the cell has on its edges.
+    """
+    dropped = int(gone[OPERATIONS.index(operation)])
     if kept.get(edge) == operation:
-        return "kept"
+        # Or taken back in place of `none`, which outlasted it.
+        return "kept" if dropped < 0 else "restored"
     if dropped >= 0:
         return frames[dropped].name
+    if edge in kept and gone[OPERATIONS.index(kept[edge])] >= 0:
+        return "replaced"
     # `unused`: on an edge without which the cell does, or as in DARTS nothing is dropped before
     # the end; `left`: there are no cells yet.
     return "unused" if kept else "left"

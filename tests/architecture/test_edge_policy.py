@@ -72,8 +72,8 @@ def test_all_restores_the_best_edge_of_a_dead_node():
     (restored,) = result.restored
     assert (restored.cell, restored.edge.source, restored.edge.target) == ("reduce", 1, 3)
     assert str(restored) == (
-        "reduce cell, edge 1->3: 'none' was left, restored 'dil_conv_3x3' with mean z 0.300000 "
-        "(dead node)"
+        "reduce cell, edge c_{k-1} -> node 1: 'none' was left, restored 'dil_conv_3x3' with mean z "
+        "0.300000 (dead node)"
     )
     names = {(e.source, e.target): e.operation for e in result.genotype.reduce}
     assert [names[source, 3] for source in range(3)] == ["none", "dil_conv_3x3", "none"]

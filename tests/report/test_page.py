@@ -1,5 +1,6 @@
 """The report of runs of every kind, from their files alone."""
 
+import dataclasses
 import html
 import html.parser
 import json
@@ -15,7 +16,8 @@ import pytest
 from cpnas_jax import config as configs
 from cpnas_jax.architecture.genotype import Genotype
 from cpnas_jax.architecture.notation import to_darts
-from cpnas_jax.report import page
+from cpnas_jax.models.space import EDGES, OPERATIONS
+from cpnas_jax.report import contents, page, searching
 from cpnas_jax.report.answers import MOST_CLASSES
 from cpnas_jax.runtime.errors import UserError
 
@@ -354,6 +356,40 @@ DAMAGES = {
     ],
     "genotype.json": [(lambda _: "{}", "format is None")],
 }
+
+
+def test_what_was_taken_back_is_told(run):
+    """An edge that the search left with `none`, and the cells have with what was dropped last."""
+    genotype = Genotype.load(run / "genotype.json")
+    frames = searching.frames_of(contents.read_contents(run))
+    assert frames[-1].dropped[0].sum(axis=-1).tolist() == [1] * len(EDGES)
+    last = frames[-1].dropped[0].argmax(axis=-1)
+    own = {(e.source, e.target): e for e in genotype.normal}
+    for column, place in enumerate(EDGES):
+        if place not in own:
+            continue
+        left = OPERATIONS[frames[-1].left[0, column].argmax()]
+        taken = dataclasses.replace(own[place], operation=OPERATIONS[last[column]])
+        changed = tuple(taken if e is own[place] else e for e in genotype.normal)
+        (normal, _) = searching.cells_of(frames, dataclasses.replace(genotype, normal=changed))
+        fates = {row["name"]: row["fate"] for row in normal["edges"][column]["rows"]}
+        assert fates[taken.operation] == "restored"
+        assert fates[left] == "replaced"
+
+
+def test_what_was_exported_is_told(run):
+    record = {
+        **{"bytes": 67276, "split": "test", "checkpoint": "last", "epoch": 6, "step": 0},
+        **{"images": 1000, "close": 0.9995, "largest": 2e-5, "turned": 0},
+        **{"trained": 0.975, "shipped": 0.974},
+    }
+    (run / "train/export.json").write_text(json.dumps(record))
+    text = page.write_report(run)[0].read_text()
+    for words in ("1-bit child was exported after epoch 6", "67,276 bytes", "accuracy 97.4"):
+        assert words in text
+    (run / "train/export.json").write_text(json.dumps({**record, "bytes": "many"}))
+    with pytest.raises(UserError, match=r"export\.json: bytes is 'many'; it must be a finite"):
+        page.write_report(run)
 
 
 def test_cells_in_darts_notation_are_shown(run):

@@ -183,7 +183,8 @@ def base_config() -> config_dict.ConfigDict:
     runtime.deterministic = 0
     runtime.stall_seconds = 600.0  # without a step, until it is told what is waited for; 0: never
     runtime.tensorboard = False  # event files in <workdir>/tb; needs the extra `tensorboard`
-    runtime.compilation_cache = True  # keep compiled programs in ~/.cache/cpnas_jax between runs
+    # Keep compiled programs in ~/.cache/cpnas_jax between runs; never for several CPU devices.
+    runtime.compilation_cache = True
     return config.lock()
 
 

@@ -251,7 +251,9 @@ def check_gradient_strategy(search: config_dict.ConfigDict, shards: int) -> None
     if strategy not in GRADIENT_STRATEGIES:
         return
     if shards:
-        # Alpha's update was found to be rounded otherwise on another number of devices.
+        # Alpha is rounded otherwise on another number of devices: programs for several go through
+        # other passes of XLA, which then write a division by a broadcast number (of softmax, of
+        # Adam's bias correction) as a multiplication in other places.
         raise UserError(
             f"config.runtime.deterministic is {shards}; with config.search.strategy={strategy} it "
             "must be 0: only the searches of sampled paths have it"

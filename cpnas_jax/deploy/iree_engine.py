@@ -16,6 +16,7 @@ import numpy as np
 from jax import export
 
 from cpnas_jax.deploy import program
+from cpnas_jax.deploy.layout import one_line
 from cpnas_jax.deploy.program import AllTensors
 from cpnas_jax.deploy.structure import Structure
 
@@ -89,7 +90,7 @@ def compiled(structure: Structure, tensors: AllTensors, target: str) -> bytes:
             extra_args=list(TARGETS[target]),
         )
     except compiler.CompilerToolError as error:
-        raise IreeError(f"IREE cannot compile for {target!r} ({_line(error)})") from error
+        raise IreeError(f"IREE cannot compile for {target!r} ({one_line(error)})") from error
     assert isinstance(found, bytes)
     return found
 
@@ -111,13 +112,11 @@ class IreeProgram:
             self._module: Any = runtime.load_vm_flatbuffer(data, driver="local-sync")
         # Of the runtime's own and of many types, such as for another processor.
         except Exception as error:
-            raise IreeError(f"{path} cannot be loaded ({_line(error)}); export it again") from error
+            raise IreeError(
+                f"{path} cannot be loaded ({one_line(error)}); export it again"
+            ) from error
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Return f32[N, classes] of uint8[N, H, W, C], one after the other."""
         rows = [np.asarray(self._module.main(images[row : row + 1])) for row in range(len(images))]
         return np.concatenate(rows)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -241,8 +241,8 @@ def main_runs(options, more, scratch):
 def examine(runs, scratch, options):
     """Leave two runs alone and kill a third; return what the JSON line says.
 
-    The first fills the cache of compiled programs; the second says how long a run takes and
-    whether runs repeat each other at all.
+    The first fills the cache of compiled programs, which runs on several CPU devices do without;
+    the second says how long a run takes and whether runs repeat each other at all.
     """
     started, failures, kills, alone = time.monotonic(), [], [], None
     try:
@@ -287,7 +287,7 @@ def main(arguments=None):
     parser.add_argument("--devices", type=int, default=1, help="of each process")
     parser.add_argument("--target", choices=("one", "all", "launcher"), default="one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", type=pathlib.Path, help="of compiled programs; else a new one")
+    parser.add_argument("--cache", type=pathlib.Path, help="of programs, where a run has one")
     parser.add_argument("--keep", type=pathlib.Path, help="directory for the runs' files")
     options, more = parser.parse_known_args(arguments)
     with tempfile.TemporaryDirectory() as base:

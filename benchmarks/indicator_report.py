@@ -1,11 +1,12 @@
 """What the files of `indicator.py` say: reliability of each score, and its validity.
 
 Reliability is the correlation, between two repetitions, of the effects within edges (`agreement`):
-between disjoint sets of architectures scored with the same supernet, and between supernets of two
-seeds. Validity is Kendall's tau with the test accuracy of the 1-bit child trained alone, of the
-score itself and of its prediction by effects that are estimated from other architectures.
+between disjoint sets of architectures scored with the same supernet, and between supernets of
+several seeds. Validity is Kendall's tau with the test accuracy of the 1-bit child trained alone, of
+the score itself and of its prediction by effects that are estimated from other architectures.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -232,6 +233,28 @@ def by_kind(effects: np.ndarray) -> dict[str, list[float]]:
     return dict(zip(("normal", "reduce"), rows, strict=True))
 
 
+def between_seeds(own: list[dict[str, Rows]]) -> dict[str, tuple[str, str]]:
+    """Return age and score -> how means and how ridge agree between supernets, over all pairs."""
+    found: dict[str, tuple[str, str]] = {}
+    for age in dict.fromkeys(age for of in own for age in of):
+        having = [of[age] for of in own if age in of]
+        for score in scores(having[0]) if len(having) > 1 else ():
+            texts = []
+            for estimate in (mean_scores, ridge_effects):
+                effects = [
+                    estimate(rows["architectures"], scores(rows)[score], groups=rows["groups"])
+                    for rows in having
+                ]
+                pairs = itertools.combinations(effects, 2)
+                own_pairs = [agreement(one, other, ALL) for one, other in pairs]
+                # No error of the mean: pairs have supernets in common.
+                texts.append(
+                    f"{np.mean(own_pairs):.2f} [{min(own_pairs):.2f}, {max(own_pairs):.2f}]"
+                )
+            found[f"{age} {score}"] = (texts[0], texts[1])
+    return found
+
+
 def report(keep: Path, say: Callable[[str], None] = print) -> None:
     """Print tables and, as the last line, a JSON object."""
     supernets, trained = load(keep)
@@ -248,21 +271,19 @@ def report(keep: Path, say: Callable[[str], None] = print) -> None:
                 cells += [halves.get(n, "-") for n in (24, 80, 160, len(values))]
                 result["reliability"][key] = [*cells, len(values)]
                 say(f"{key:32}{''.join(f'{cell:>14}' for cell in cells)}")
-    say("Reliability between seeds: means, ridge")
+        # What a search that carries its scores decides by.
+        if sum(age.startswith("frozen") for age in of) > 1:
+            for score in scores(next(iter(of.values()))):
+                rows, values = carried(of, score)
+                cell = interval(by_halves(rows, values, len(values)))
+                result["reliability"][f"{name} carried {score}"] = [cell, len(values)]
+                say(f"{f'{name} carried {score}':32}{cell:>98}")
+    say("Reliability between seeds, mean over the pairs: means, ridge")
     for sampling in sorted({name.split("-")[0] for name in supernets}):
-        first, second = (supernets.get(f"{sampling}-{seed}", {}) for seed in (0, 1))
-        for age in [age for age in first if age in second]:
-            pairs = zip(scores(first[age]).items(), scores(second[age]).values(), strict=True)
-            for (score, a), b in pairs:
-                both = []
-                for estimate in (mean_scores, ridge_effects):
-                    one, other = (
-                        estimate(rows["architectures"], values, groups=rows["groups"])
-                        for rows, values in ((first[age], a), (second[age], b))
-                    )
-                    both.append(agreement(one, other, ALL))
-                result["reliability"][f"seeds {sampling} {age} {score}"] = both
-                say(f"{sampling} {age} {score:20} {both[0]:.2f} {both[1]:.2f}")
+        own = [of for name, of in supernets.items() if name.split("-")[0] == sampling]
+        for what, both in between_seeds(own).items():
+            result["reliability"][f"seeds {sampling} {what}"] = both
+            say(f"{sampling} {what:26} {both[0]:>14} {both[1]:>14}")
     for kind, found in trained.items():
         spread = spread_of(found)
         say(f"Trained {kind}: {spread}")

@@ -111,6 +111,8 @@ def compare(
                     reporter.say(f"\n{variant.name}, seed {seed} (run {done} of {len(asked)})")
                     with Workdir(directory.path / variant.directory / f"seed{seed}") as place:
                         found = _run(own, place, reporter, variant.name, feed_of)
+                    # What the next run compiles is another network.
+                    environment.forget_programs()
                     outcomes[variant.name, seed] = found
                     known = [outcomes[key] for key in asked if key in outcomes]
                     _write(directory, config, known, whole=done == len(asked))

@@ -53,6 +53,8 @@ def runs(monkeypatch):
         )
 
     monkeypatch.setattr(module, "_run", fake)
+    # Other tests of this process go on with what is compiled.
+    monkeypatch.setattr(module.environment, "forget_programs", lambda: None)
     return done
 
 
@@ -70,6 +72,15 @@ def test_every_strategy_and_seed_is_run_seed_by_seed(runs, tmp_path):
     assert table.strip() in said
     assert (tmp_path / "compare.svg").exists()
     assert not (tmp_path / "beta.svg").exists()
+
+
+def test_the_programs_of_a_run_are_forgotten_before_the_next(runs, monkeypatch, tmp_path):
+    done_before = []
+    monkeypatch.setattr(
+        module.environment, "forget_programs", lambda: done_before.append(len(runs))
+    )
+    run(config_of(strategies=("cp", "random"), seeds=(3, 1)), tmp_path)
+    assert done_before == [1, 2, 3, 4]
 
 
 def test_cp_is_run_for_every_beta(runs, tmp_path):

@@ -1,5 +1,7 @@
 """What XLA is told of the machine."""
 
+import weakref
+
 import jax
 import pytest
 
@@ -29,3 +31,14 @@ def test_programs_that_are_kept(monkeypatch, tmp_path, backend, devices, kept):
     assert ("jax_enable_compilation_cache" in set_to) != kept
     if kept:
         assert set_to["jax_compilation_cache_dir"] == str(tmp_path / "cpnas_jax/programs")
+
+
+def test_forgotten_programs_are_compiled_again():
+    doubled = jax.jit(lambda x: 2 * x)
+    held = weakref.ref(doubled.lower(1.0).compile())
+    doubled(1.0)
+    assert doubled._cache_size() == 1
+    environment.forget_programs()
+    assert doubled._cache_size() == 0
+    assert held() is None
+    assert doubled(1.0) == 2.0

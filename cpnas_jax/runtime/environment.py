@@ -1,5 +1,6 @@
 """Facts of the process and the machine that a run records."""
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -132,3 +133,14 @@ def cache_compiled_programs() -> None:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(Path(base) / "cpnas_jax" / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def forget_programs() -> None:
+    """Let go of the programs that JAX keeps for functions it has seen; used again, they compile.
+
+    For a process that goes from run to run: on a CPU every program has hundreds of mappings of
+    memory, of which Linux gives a process 65,530 (`vm.max_map_count`). LLVM then has no memory to
+    compile into, however much there is.
+    """
+    jax.clear_caches()
+    gc.collect()

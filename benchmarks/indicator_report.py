@@ -169,6 +169,12 @@ def carried(of: dict[str, Rows], score: str) -> tuple[Rows, np.ndarray]:
     return rows, np.concatenate([scores(rows)[score] for rows in parts])
 
 
+def reliability_of_carried(of: dict[str, Rows], score: str) -> tuple[str, int]:
+    """Return the reliability of ridge with all that is carried, and how many scores that are."""
+    rows, values = carried(of, score)
+    return interval(by_halves(rows, values, len(values))), len(values)
+
+
 def _rounds(age: str) -> float:
     return float(age.split()[1]) if age.startswith("frozen") else np.inf
 
@@ -274,9 +280,8 @@ def report(keep: Path, say: Callable[[str], None] = print) -> None:
         # What a search that carries its scores decides by.
         if sum(age.startswith("frozen") for age in of) > 1:
             for score in scores(next(iter(of.values()))):
-                rows, values = carried(of, score)
-                cell = interval(by_halves(rows, values, len(values)))
-                result["reliability"][f"{name} carried {score}"] = [cell, len(values)]
+                cell, number = reliability_of_carried(of, score)
+                result["reliability"][f"{name} carried {score}"] = [cell, number]
                 say(f"{f'{name} carried {score}':32}{cell:>98}")
     say("Reliability between seeds, mean over the pairs: means, ridge")
     for sampling in sorted({name.split("-")[0] for name in supernets}):

@@ -113,3 +113,31 @@ def test_scored_architectures_are_whole_rounds_from_the_first_on(first):
     np.testing.assert_array_equal(
         indicator.scored_architectures(16, first), drawn[start : start + 16]
     )
+
+
+def test_supernets_of_several_seeds_are_compared_pair_by_pair():
+    drawn = indicator.scored_architectures(160)
+    supernets = [
+        {"frozen 4": {**planted_rows(drawn, seed), "groups": np.zeros(len(drawn), int)}}
+        for seed in (1, 2, 3)
+    ]
+    found = indicator_report.between_seeds(supernets)
+    means, by_ridge = found["frozen 4 z 0"]
+    # The truth is the same, and additive: ridge finds it, means of 20 rounds in part.
+    mean, low, high = (float(part.strip("[],")) for part in by_ridge.split())
+    assert 0.8 < low <= mean <= high <= 1
+    assert float(means.split()[0]) < mean
+    # Of what a parent knows nothing of, supernets agree on nothing.
+    assert abs(float(found["frozen 4 z 1"][0].split()[0])) < 0.3
+    assert indicator_report.between_seeds(supernets[:1]) == {}
+
+
+def test_carried_scores_are_more_reliable_than_those_of_an_age(keep):
+    supernets, _ = indicator_report.load(keep)
+    (rows,) = supernets["step-0"].values()
+    later = {**rows, **planted_rows(indicator.scored_architectures(240)[120:], 5)}
+    of = {"frozen 1": rows, "frozen 4": rows, "frozen 12": later}
+    text, number = indicator_report.reliability_of_carried(of, "z 0")
+    (alone,) = indicator_report.by_halves(rows, rows["accuracy"][0], 120)
+    assert number == 240
+    assert float(text.split()[0]) > alone > 0.3

@@ -28,6 +28,7 @@ from cpnas_jax.models.space import OPERATIONS
 
 BETAS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 ALL = all_survivors()
+COLUMNS = ("T=1", "T=3", "T=8", "n=24", "n=80", "n=160", "all")
 Rows = dict[str, np.ndarray]
 
 
@@ -65,6 +66,11 @@ def interval(found: list[float]) -> str:
         return "-"
     error = np.std(found, ddof=1) / np.sqrt(len(found)) if len(found) > 1 else np.nan
     return f"{np.mean(found):.2f} ±{error:.2f}"
+
+
+def extremes(found: list[float]) -> str:
+    """Return mean, least and largest."""
+    return f"{np.mean(found):.2f} [{min(found):.2f}, {max(found):.2f}]"
 
 
 def of_means(architectures: np.ndarray, values: np.ndarray, rounds: int) -> list[float]:
@@ -169,10 +175,10 @@ def carried(of: dict[str, Rows], score: str) -> tuple[Rows, np.ndarray]:
     return rows, np.concatenate([scores(rows)[score] for rows in parts])
 
 
-def reliability_of_carried(of: dict[str, Rows], score: str) -> tuple[str, int]:
+def reliability_of_carried(of: dict[str, Rows], score: str) -> tuple[list[float], int]:
     """Return the reliability of ridge with all that is carried, and how many scores that are."""
     rows, values = carried(of, score)
-    return interval(by_halves(rows, values, len(values))), len(values)
+    return by_halves(rows, values, len(values)), len(values)
 
 
 def _rounds(age: str) -> float:
@@ -252,13 +258,35 @@ def between_seeds(own: list[dict[str, Rows]]) -> dict[str, tuple[str, str]]:
                     for rows in having
                 ]
                 pairs = itertools.combinations(effects, 2)
-                own_pairs = [agreement(one, other, ALL) for one, other in pairs]
                 # No error of the mean: pairs have supernets in common.
-                texts.append(
-                    f"{np.mean(own_pairs):.2f} [{min(own_pairs):.2f}, {max(own_pairs):.2f}]"
-                )
+                texts.append(extremes([agreement(one, other, ALL) for one, other in pairs]))
             found[f"{age} {score}"] = (texts[0], texts[1])
     return found
+
+
+def reliabilities(of: dict[str, Rows]) -> dict[str, dict[str, list[float]]]:
+    """Return age and score -> column -> the reliabilities of a supernet, of sets that are apart."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for age, rows in of.items():
+        for score, values in scores(rows).items():
+            means = {f"T={t}": of_means(rows["architectures"], values, t) for t in (1, 3, 8)}
+            halves = {
+                f"n={n}": by_halves(rows, values, n) for n in (24, 80, 160) if n <= len(values)
+            }
+            whole = by_halves(rows, values, len(values))
+            found[f"{age} {score}"] = {**means, **halves, "all": whole}
+    # What a search that carries its scores decides by.
+    if sum(age.startswith("frozen") for age in of) > 1:
+        for score in scores(next(iter(of.values()))):
+            found[f"carried {score}"] = {"all": reliability_of_carried(of, score)[0]}
+    return found
+
+
+def say_together(say: Callable[[str], None], found: dict[str, dict[str, list[float]]]) -> None:
+    """Print rows of what several supernets have, mean [least, largest]."""
+    for row, columns in found.items():
+        cells = [extremes(columns[name]) if columns.get(name) else "-" for name in COLUMNS]
+        say(f"{row:26}{''.join(f'{cell:>21}' for cell in cells)}")
 
 
 def report(keep: Path, say: Callable[[str], None] = print) -> None:
@@ -266,29 +294,27 @@ def report(keep: Path, say: Callable[[str], None] = print) -> None:
     supernets, trained = load(keep)
     result: dict[str, object] = {"benchmark": "indicator", "reliability": {}, "validity": {}}
     say("Reliability with the same supernet: means over T rounds, ridge over n architectures")
-    say(f"{'':32}{'T=1':>14}{'T=3':>14}{'T=8':>14}{'n=24':>14}{'n=80':>14}{'n=160':>14}{'all':>14}")
+    say(f"{'':32}{''.join(f'{name:>14}' for name in COLUMNS)}")
+    together: dict[str, dict[str, dict[str, list[float]]]] = {}
     for name, of in supernets.items():
-        for age, rows in of.items():
-            for score, values in scores(rows).items():
-                architectures, key = rows["architectures"], f"{name} {age} {score}"
-                cells = [interval(of_means(architectures, values, t)) for t in (1, 3, 8)]
-                used = [n for n in (24, 80, 160, len(values)) if n <= len(values)]
-                halves = {n: interval(by_halves(rows, values, n)) for n in used}
-                cells += [halves.get(n, "-") for n in (24, 80, 160, len(values))]
-                result["reliability"][key] = [*cells, len(values)]
-                say(f"{key:32}{''.join(f'{cell:>14}' for cell in cells)}")
-        # What a search that carries its scores decides by.
-        if sum(age.startswith("frozen") for age in of) > 1:
-            for score in scores(next(iter(of.values()))):
-                cell, number = reliability_of_carried(of, score)
-                result["reliability"][f"{name} carried {score}"] = [cell, number]
-                say(f"{f'{name} carried {score}':32}{cell:>98}")
-    say("Reliability between seeds, mean over the pairs: means, ridge")
-    for sampling in sorted({name.split("-")[0] for name in supernets}):
-        own = [of for name, of in supernets.items() if name.split("-")[0] == sampling]
-        for what, both in between_seeds(own).items():
+        sampling = together.setdefault(name.split("-")[0], {})
+        for key, columns in reliabilities(of).items():
+            cells = {column: interval(own) for column, own in columns.items()}
+            result["reliability"][f"{name} {key}"] = cells
+            own_cells = [cells.get(column, "-") for column in COLUMNS]
+            say(f"{f'{name} {key}':32}{''.join(f'{cell:>14}' for cell in own_cells)}")
+            for column, own in columns.items():
+                if own:
+                    sampling.setdefault(key, {}).setdefault(column, []).append(np.mean(own))
+    for sampling, found in together.items():
+        say(f"The same over the supernets, {sampling}, mean [least, largest]: {', '.join(COLUMNS)}")
+        say_together(say, found)
+    say("Reliability between seeds, mean [least, largest] of the pairs: means, ridge")
+    for sampling in together:
+        alike = [of for name, of in supernets.items() if name.split("-")[0] == sampling]
+        for what, both in between_seeds(alike).items():
             result["reliability"][f"seeds {sampling} {what}"] = both
-            say(f"{sampling} {what:26} {both[0]:>14} {both[1]:>14}")
+            say(f"{sampling} {what:26}{both[0]:>21}{both[1]:>21}")
     for kind, found in trained.items():
         spread = spread_of(found)
         say(f"Trained {kind}: {spread}")

@@ -1,6 +1,7 @@
 """What benchmarks/indicator_report.py makes of files in which the truth is known."""
 
 import json
+import shutil
 
 import indicator
 import indicator_report
@@ -137,7 +138,29 @@ def test_carried_scores_are_more_reliable_than_those_of_an_age(keep):
     (rows,) = supernets["step-0"].values()
     later = {**rows, **planted_rows(indicator.scored_architectures(240)[120:], 5)}
     of = {"frozen 1": rows, "frozen 4": rows, "frozen 12": later}
-    text, number = indicator_report.reliability_of_carried(of, "z 0")
+    (whole,), number = indicator_report.reliability_of_carried(of, "z 0")
     (alone,) = indicator_report.by_halves(rows, rows["accuracy"][0], 120)
     assert number == 240
-    assert float(text.split()[0]) > alone > 0.3
+    assert whole > alone > 0.3
+
+
+def test_the_report_of_two_supernets(keep, monkeypatch, tmp_path):
+    shutil.copytree(keep, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(keep / "step-0", tmp_path / "step-1")
+    whole = indicator_report.scores
+    # Each score takes seconds.
+    monkeypatch.setattr(indicator_report, "scores", lambda rows: {"z 0": whole(rows)["z 0"]})
+    said = []
+    indicator_report.report(tmp_path, said.append)
+    found = json.loads(said[-1])
+    first, second = (found["reliability"][f"step-{seed} frozen 4 z 0"] for seed in (0, 1))
+    assert first == second
+    assert list(first) == ["T=1", "T=3", "T=8", "n=24", "n=80", "all"]
+    # The supernets are the same: their mean is each one's value, and they agree in all.
+    value = first["all"].split()[0]
+    heading = next(line for line in said if line.startswith("The same over the supernets, step"))
+    together = said[said.index(heading) + 1]
+    assert together.split()[:3] == ["frozen", "4", "z"]
+    assert f"{value} [{value}, {value}]" in together
+    assert found["reliability"]["seeds step frozen 4 z 0"][1] == "1.00 [1.00, 1.00]"
+    assert found["validity"]["alone"]["step-1 frozen 4 ridge"]["z 0"][0] > 0.4

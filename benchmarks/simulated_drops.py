@@ -7,10 +7,17 @@ that the edges of a cell type share and a part of their own, as large against th
 as ridge regression finds them in measured scores (docs/indicator.md). No network is trained. The
 quality of a search is the mean true effect of the operations it ends with, in standard deviations
 of the effects: 0 is what a random architecture has. A table, then one JSON object as the last line.
+
+    python benchmarks/simulated_drops.py --seeds 200 --shares
+
+asks instead how 280 scored architectures are best shared by the seven stages, with carried scores.
+*First* and *last* are the squared correlation of the found with the true effects, of what survives,
+at the first and the last drop: what a reliability estimates.
 """
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from train_variants import spread, spread_text
@@ -25,7 +32,8 @@ def drawn(survivors: np.ndarray, number: int, generator: np.random.Generator) ->
     found = np.empty((number, *survivors.shape[:2]), int)
     for edge in np.ndindex(survivors.shape[:2]):
         left = np.flatnonzero(survivors[edge])
-        turns = [generator.permutation(left) for _ in range(-(-number // len(left)))]
+        # One at least, of which a stage that scores nothing needs none.
+        turns = [generator.permutation(left) for _ in range(max(1, -(-number // len(left))))]
         found[:, *edge] = np.concatenate(turns)[:number]
     return found
 
@@ -55,26 +63,55 @@ def by_means(effects: np.ndarray, seed: int, rounds: int) -> dict[str, float]:
     return {"quality": quality(effects, survivors), "scored": rounds * 35, "stages": 7}
 
 
+def agreement(effects: np.ndarray, found: np.ndarray, survivors: np.ndarray) -> float:
+    """Return the squared correlation of true and found effects within edges, of what survives."""
+    open_edges = survivors & (survivors.sum(axis=-1, keepdims=True) > 1)
+    pair = []
+    for values in (effects, found):
+        left = np.where(survivors, values, np.nan)
+        pair.append((left - np.nanmean(left, axis=-1, keepdims=True))[open_edges])
+    # Where nothing can be told apart all found effects are equal.
+    return float(np.corrcoef(*pair)[0, 1] ** 2) if pair[1].std() > 0 else 0.0
+
+
 def by_ridge(
-    effects: np.ndarray, seed: int, number: int, certainty: float, carried: bool
+    effects: np.ndarray, seed: int, numbers: Sequence[int], certainty: float, carried: bool
 ) -> dict[str, float]:
-    """Search with so many scored architectures a stage, alone or with those of earlier stages."""
+    """Search with scored architectures by stage, alone or with those of earlier stages."""
     generator, survivors = np.random.default_rng([1, seed]), all_survivors()
     sampled: list[np.ndarray] = []
     scores: list[np.ndarray] = []
-    stages = 0
+    agreements: list[float] = []
     while survivors.sum(axis=-1).max() > 1:
-        sampled.append(drawn(survivors, number, generator))
+        stages = len(agreements)
+        sampled.append(drawn(survivors, numbers[stages], generator))
         scores.append(scored(effects, sampled[-1], generator))
         first = 0 if carried else stages
-        groups = np.repeat(np.arange(stages + 1 - first), number)
+        # A stage that scores nothing is no group.
+        groups = np.repeat(np.arange(stages + 1 - first), numbers[first : stages + 1])
+        groups = np.unique(groups, return_inverse=True)[1]
         credit = ridge(
             np.concatenate(sampled[first:]), np.concatenate(scores[first:]), groups=groups
         )
+        agreements.append(agreement(effects, credit.effects, survivors))
         survivors &= ~drops(credit, survivors, certainty)
-        stages += 1
-    found = {"quality": quality(effects, survivors), "stages": stages}
-    return {**found, "scored": stages * number}
+    return {
+        "quality": quality(effects, survivors),
+        "stages": len(agreements),
+        "scored": sum(numbers[: len(agreements)]),
+        "first": agreements[0],
+        "last": agreements[-1],
+    }
+
+
+SHARES = {
+    "equal": (40,) * 7,
+    "half in the first stage": (140, *(23,) * 6),
+    "each half of what is left": (140, 70, 35, 17, 9, 5, 4),
+    "all in the first stage": (280, *(0,) * 6),
+    "more and more": (20, 20, 30, 40, 50, 60, 60),
+}
+"""Of 280 scored architectures by stage."""
 
 
 def main() -> None:
@@ -83,15 +120,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--kind", type=float, default=0.011, help="variance, against the noise's")
     parser.add_argument("--edge", type=float, default=0.003, help="likewise")
+    parser.add_argument("--shares", action="store_true", help="compare shares of 280 scored")
     flags = parser.parse_args()
+    rules: dict[str, tuple[Callable[..., dict[str, float]], tuple]]
     rules = {f"means, T = {rounds}": (by_means, (rounds,)) for rounds in (1, 3, 10)}
     for number in (40, 80, 160, 320):
-        rules[f"ridge, {number} a stage"] = by_ridge, (number, 1.0, False)
+        rules[f"ridge, {number} a stage"] = by_ridge, ((number,) * 7, 1.0, False)
         for certainty in (1.0, 0.99, 0.95):
             name = f"ridge, {number} a stage, carried, certainty {certainty:g}"
-            rules[name] = by_ridge, (number, certainty, True)
+            rules[name] = by_ridge, ((number,) * 7, certainty, True)
+    columns = ("stages", "scored")
+    if flags.shares:
+        rules = {name: (by_ridge, (numbers, 0.99, True)) for name, numbers in SHARES.items()}
+        columns += ("first", "last")
     result = {}
-    print(f"{'':48}{'quality: mean [least, largest]':>34}{'stages':>8}{'scored':>8}")
+    print(f"{'':48}{'quality: mean [least, largest]':>34}", *(f"{name:>7}" for name in columns))
     worlds = []
     for seed in range(flags.seeds):
         generator = np.random.default_rng([0, seed])
@@ -99,12 +142,10 @@ def main() -> None:
         worlds.append(kinds + generator.normal(scale=flags.edge**0.5, size=(2, 14, 8)))
     for name, (rule, settings) in rules.items():
         found = [rule(effects, seed, *settings) for seed, effects in enumerate(worlds)]
-        result[name] = {
-            key: spread([own[key] for own in found]) for key in ("quality", "stages", "scored")
-        }
+        result[name] = {key: spread([own[key] for own in found]) for key in ("quality", *columns)}
         text = spread_text(result[name]["quality"])
-        stages, number = (result[name][key]["mean"] for key in ("stages", "scored"))
-        print(f"{name:48}{text:>34}{stages:8.1f}{number:8.0f}", flush=True)
+        means = (f"{result[name][key]['mean']:7.3g}" for key in columns)
+        print(f"{name:48}{text:>34}", *means, flush=True)
     best = [quality(own, np.arange(8) == own.argmax(axis=-1)[..., None]) for own in worlds]
     result["best possible"] = spread(best)
     print(f"{'best possible':48}{spread_text(spread(best)):>34}")

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from cpnas_jax.architecture.genotype import EDGE_POLICIES
-from cpnas_jax.architecture.plus import MEASURES
+from cpnas_jax.architecture.plus import MEASURES, PATHS
 from cpnas_jax.deploy.iree_engine import TARGETS
 from cpnas_jax.models.binarize import ESTIMATORS, PAD_VALUES, WEIGHT_SCALES
 from cpnas_jax.models.blocks import Levers
@@ -161,6 +161,7 @@ RULES = {
     "search.reliability": _number(0, 1),
     "search.certainty": _number(0.5, 1),
     "search.carry": _number(0, 1, open_low=True),
+    "search.plus_paths": _one_of(PATHS),
     "search.parallel": _one_of(PARALLEL),
     # Beyond, float32 alpha could not be checked against eq. 4.16 with any sense.
     "search.beta_p": _number(-100, 100),

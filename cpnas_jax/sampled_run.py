@@ -167,10 +167,22 @@ class SampledRun(SearchRun):
         """Take a model through its part of the sampled epoch."""
         networks, underway, epoch = self.networks, self.progress.underway, self.epoch
         sums = underway.own_sums(model)
-        self.spend(self.steps(sums, lambda: networks.train(model, architectures, epoch, sums)))
+        trained = self._turns() if self.strategy.takes_turns else architectures
+        self.spend(self.steps(sums, lambda: networks.train(model, trained, epoch, sums)))
         before = time.monotonic()
         underway.accuracies[model] = networks.score(model, architectures)
         self.spend(time.monotonic() - before)
+
+    def _turns(self) -> np.ndarray:
+        """Return what the steps of the next sampled epoch train."""
+        position = self.progress.position
+        return self.strategy.turns(
+            position.stage,
+            position.round_index,
+            position.sample,
+            self.survivors,
+            self.networks.steps_per_epoch,
+        )
 
     def _credit(
         self, architecture: np.ndarray, underway: Underway, number: int, together: int

@@ -95,7 +95,13 @@ def search_in(config: config_dict.ConfigDict, directory: Workdir, reporter: Repo
         else:
             strategy = sampled_strategy(config)
             networks = Networks(
-                config, train, validation, strategy.schedule, started, strategy.models
+                config,
+                train,
+                validation,
+                strategy.schedule,
+                started,
+                strategy.models,
+                strategy.takes_turns,
             )
             run = SampledRun(config, networks, *shared, strategy)
         reporter.say(plan_text(config, train, validation, run))

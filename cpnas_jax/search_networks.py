@@ -37,6 +37,9 @@ from cpnas_jax.search_step import (
     make_train_call,
 )
 
+_ANY = np.zeros((1, *SHAPE), np.int32)
+"""Any architecture."""
+
 _DRAWS = 1024
 """Between the keys of two draws of weights; those of a final training lie between."""
 
@@ -52,6 +55,7 @@ class Networks(SearchDevices):
         sampled_epochs: int,
         started: float,
         models: tuple[str, ...] = MODELS,
+        takes_turns: bool = False,
     ) -> None:
         """Place the data on the devices; nothing is compiled yet.
 
@@ -62,6 +66,7 @@ class Networks(SearchDevices):
             sampled_epochs: after which the learning rate has come to 0; it begins anew then.
             started: `time.monotonic()` when the run began, for the time to the first step.
             models: those that are trained.
+            takes_turns: whether the steps of an epoch train architectures of their own.
 
         Raises:
             UserError: sizes of the config that the data or the memory do not allow.
@@ -72,6 +77,7 @@ class Networks(SearchDevices):
         shards = Shards(devices, config.runtime.deterministic, self.paths)
         super().__init__(config, train, validation, started, shards)
         self._models, self._schedule = models, sampled_epochs
+        self._takes_turns = takes_turns
         self._optimizer = PathOptimizer(self._optimizer_settings(search, sampled_epochs))
         self._init = jax.jit(self._initial_model, compiler_options=self._compiler_options)
         self._check_memory()
@@ -120,8 +126,9 @@ class Networks(SearchDevices):
         Raises:
             UserError: it needs more memory than a device has.
         """
-        call = self._call(CHILD, np.zeros((1, *SHAPE), np.int32), 0, 0, 1)
-        self._compile_training(self._train, self._states[CHILD], self._examples["train"], call)
+        self._compile_training(
+            self._train, self._states[CHILD], self._examples["train"], self._any_call()
+        )
 
     def flops(self, epochs: int, scored: int) -> float:
         """Return the operations of a search on all devices, counted in the programs.
@@ -132,15 +139,30 @@ class Networks(SearchDevices):
             epochs: sampled epochs, each trains and scores all models.
             scored: architectures that were only scored, by all models.
         """
-        call = self._call(CHILD, np.zeros((1, *SHAPE), np.int32), 0, 0, 1)
+        call = self._call(CHILD, _ANY, 0, 0, 0)
         state = self._states[self._models[0]]
         # A loop over the steps, and one over virtual shards, count as one pass.
-        step = program_cost(self._train, state, self._examples["train"], call).flops
+        step = program_cost(self._train, state, self._examples["train"], self._any_call()).flops
         score = program_cost(self._score, state.params, self._examples["validation"], call).flops
         each = epochs * self.steps_per_epoch * step + (epochs + scored) * score
         # Each group of devices has epochs of its own.
         sharing = jax.device_count() // self.paths
         return len(self._models) * sharing * self._shards.passes * each
+
+    def _any_call(self) -> Call:
+        """Return a call of the training program."""
+        return self._train_call(CHILD, _ANY, 0, 0, 1)
+
+    def _train_call(
+        self, model: str, architectures: np.ndarray, epoch: int, first_step: int, num_steps: int
+    ) -> Call:
+        """Return a call of the training program; see `train`."""
+        if self._takes_turns:
+            # Of one length, so that a shorter call is the same program.
+            own = np.zeros((self._steps_per_call, *SHAPE), np.int32)
+            own[:num_steps] = architectures[first_step : first_step + num_steps]
+            architectures = own[None]
+        return self._call(model, architectures, epoch, first_step, num_steps)
 
     def _call(
         self, model: str, architectures: np.ndarray, epoch: int, first_step: int, num_steps: int
@@ -174,7 +196,8 @@ class Networks(SearchDevices):
         Args:
             model: CHILD or PARENT.
             architectures: int32[n, 2, 14], n at most `paths`: trained at the same time, each as
-                the sampled epoch of its own number.
+                the sampled epoch of its own number. Where they take turns, int32[n, 2, 14] of
+                the n steps of the epoch.
             epoch: sampled epochs before that of the first.
             sums: of the steps done; those of this call are added.
 
@@ -186,7 +209,7 @@ class Networks(SearchDevices):
         """
         first = sums.steps
         count = self._steps_of_call(first, epoch)
-        call = self._call(model, architectures, epoch, first, count)
+        call = self._train_call(model, architectures, epoch, first, count)
         program = self._compiled(
             "train", self._train, self._states[model], self._examples["train"], call
         )
@@ -194,7 +217,9 @@ class Networks(SearchDevices):
         host = to_host(found)
         self._note_first_step()
         if int(host["bad_step"]) >= 0:
-            raise self._not_finite(model, architectures, epoch, int(host["bad_step"]))
+            bad = int(host["bad_step"])
+            own = architectures[bad : bad + 1] if self._takes_turns else architectures
+            raise self._not_finite(model, own, epoch, bad)
         sums.steps += count
         sums.loss += float(host["loss"])
         return bool(host["stop"])

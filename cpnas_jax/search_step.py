@@ -51,6 +51,7 @@ class Call:
 
     Attributes:
         architecture: int32[2, 14]; another one in each group of devices that trains its own path.
+            Of training that takes turns int32[n, 2, 14], of each step of the call.
         active: f32[], 1 where the group has a path, 0 where there are more groups than paths left.
         binary: bool[], child or parent.
         epoch: int32[], number of the sampled epoch; each group's own.
@@ -141,6 +142,18 @@ def make_path_loss(settings: SupernetSettings) -> PathLoss:
     return loss_of
 
 
+def path_of_step(call: Call, number: jax.Array) -> Call:
+    """Return a call with the architecture that a step trains.
+
+    Args:
+        call: of the whole.
+        number: int32[], of the step within the epoch.
+    """
+    if call.architecture.ndim == 2:
+        return call
+    return dataclasses.replace(call, architecture=call.architecture[number - call.first_step])
+
+
 def make_train_call(
     settings: StepSettings,
     optimizer: Any,
@@ -178,12 +191,14 @@ def make_train_call(
         def step(
             number: jax.Array, state: ModelState
         ) -> tuple[ModelState, dict[str, jax.Array], jax.Array]:
+            own = path_of_step(call, number)
+
             def of_shard(shard: jax.Array) -> tuple[Any, Any]:
                 images, labels = augmented_batch(
                     settings, examples, order, key, call.epoch, number, shard
                 )
                 (loss, counts), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-                    state.params, images, labels, call
+                    state.params, images, labels, own
                 )
                 return (gradients, loss), counts
 
@@ -199,7 +214,7 @@ def make_train_call(
                     gradients,
                     state.optimizer,
                     state.params,
-                    architecture=call.architecture,
+                    architecture=own.architecture,
                     binary=call.binary,
                     step=call.rate_epoch * settings.steps_per_epoch + number,
                     share=(lambda common: over_paths(common, call)) if several else None,

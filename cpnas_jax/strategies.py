@@ -47,6 +47,7 @@ def sampled_strategy(config: config_dict.ConfigDict) -> Strategy:
                 reliability=search.reliability,
                 certainty=search.certainty,
                 carry=search.carry,
+                paths=search.plus_paths,
             ),
             operations=operations,
             # What has no say is not trained.

@@ -47,9 +47,9 @@ class Oracle:
     first_step_seconds = 1.0
     worth = np.linspace(0.1, 0.8, len(OPERATIONS))
 
-    def __init__(self, config, train, validation, total, started, models):
+    def __init__(self, config, train, validation, total, started, models, takes_turns):
         del started
-        self.models = models
+        self.models, self.takes_turns = models, takes_turns
         self.requests, self.total = [], total
         self.parts = (len(train.labels), len(validation.labels))
         self.compile_seconds = {"train": 0.0, "score": 0.0}

@@ -31,17 +31,20 @@ def small_config(child_optimizer):
     return config
 
 
-def check_search(patch, config, image_size, channels):
+def check_search(patch, config, image_size, channels, takes_turns=False):
     config.runtime.formulation = lowerings.formulation_on_tpus(patch)
     size = config.search.batch_size
     networks = Networks(
-        config, part(3 * size, image_size), part(2 * size + 5, image_size), 4, time.monotonic()
+        config,
+        part(3 * size, image_size),
+        part(2 * size + 5, image_size),
+        4,
+        time.monotonic(),
+        takes_turns=takes_turns,
     )
     model = jax.eval_shape(networks._initial_model, jax.eval_shape(lambda: jax.random.key(0)))
     state = lowerings.on_devices(model)
-    call = networks._call(CHILD, np.zeros((1, *SHAPE), np.int32), 0, 0, 1)
-
-    arguments = (state, networks._examples["train"], call)
+    arguments = (state, networks._examples["train"], networks._any_call())
     train = lowerings.lowered_for_tpu(networks._train, *arguments)
     lowerings.check_program(train)
     assert "stablehlo.case" in train.mlir_module()  # the choice is left to the device
@@ -52,6 +55,7 @@ def check_search(patch, config, image_size, channels):
     # Other lowerings, so not on each number of devices.
     lowerings.check_donated(networks._train, *arguments)
 
+    call = networks._call(CHILD, np.zeros((1, *SHAPE), np.int32), 0, 0, 0)
     score = lowerings.lowered_for_tpu(
         networks._score, state.params, networks._examples["validation"], call
     )
@@ -59,11 +63,13 @@ def check_search(patch, config, image_size, channels):
     lowerings.check_depthwise(score, channels, backward=False)
 
 
-# The child's optimizer is that of the parent, or another.
-@pytest.mark.parametrize(("devices", "child_optimizer"), [(1, "sgd"), (8, "adam")])
-def test_a_search_lowers_for_tpu(monkeypatch, devices, child_optimizer):
+# The child's optimizer is that of the parent, or another; a path is trained for a step, or longer.
+@pytest.mark.parametrize(
+    ("devices", "child_optimizer", "takes_turns"), [(1, "sgd", True), (8, "adam", False)]
+)
+def test_a_search_lowers_for_tpu(monkeypatch, devices, child_optimizer, takes_turns):
     lowerings.use_devices(monkeypatch, devices)
-    check_search(monkeypatch, small_config(child_optimizer), 8, {4, 8})
+    check_search(monkeypatch, small_config(child_optimizer), 8, {4, 8}, takes_turns)
 
 
 @pytest.mark.slow

@@ -1,16 +1,13 @@
 """A step of a search that is not finite is named with its layer, on eight devices."""
 
-import time
-
 import numpy as np
 import pytest
 from injected import with_value
+from one_cell_supernet import networks_of
 
-from cpnas_jax import config as configs
-from cpnas_jax.data.datasets import Split
 from cpnas_jax.models.space import CHILD, EDGES, OPERATIONS, PARENT
 from cpnas_jax.runtime.errors import UserError
-from cpnas_jax.search_networks import EpochSums, Networks
+from cpnas_jax.search_networks import EpochSums
 
 CHOSEN = {(0, 2): "dil_conv_3x3", (2, 4): "skip_connect"}
 ARCHITECTURE = np.array(
@@ -18,21 +15,9 @@ ARCHITECTURE = np.array(
 )
 
 
-def part(n):
-    generator = np.random.default_rng(n)
-    images = generator.integers(0, 256, (n, 8, 8, 1)).astype(np.uint8)
-    return Split(images, generator.integers(0, 3, n).astype(np.int32), 3, tuple("abc"), "greys")
-
-
 @pytest.fixture(scope="module")
 def networks():
-    config = configs.base_config()
-    config.search.update(cells=1, channels=2, reductions=(), batch_size=8, score_batch_size=8)
-    config.search.update(operations=("none", "skip_connect", "dil_conv_3x3"))
-    config.dataset.crop_padding = 1
-    config.runtime.update(optimization_level=0, steps_per_call=4)
-    networks = Networks(config, part(40), part(16), 4, time.monotonic())
-    networks.first_step_seconds = 0.0
+    networks = networks_of()
     return networks, networks.initial_state()
 
 

@@ -9,9 +9,10 @@ from oracle import FIVE, TOTAL, Oracle, log_of, replace_data, run
 from reads import OF_SAMPLED, note_reads
 
 from cpnas_jax.architecture.replay import replay
+from cpnas_jax.architecture.sampling import all_survivors, operation_names
 from cpnas_jax.architecture.strategy import RandomSearch
 from cpnas_jax.config import base_config
-from cpnas_jax.models.space import CHILD
+from cpnas_jax.models.space import CHILD, MODELS
 from cpnas_jax.runtime.errors import UserError
 from cpnas_jax.runtime.interruptions import Stopped
 from cpnas_jax.strategies import sampled_strategy
@@ -202,6 +203,51 @@ def test_cp_plus_finds_what_is_best_on_every_edge(monkeypatch, tmp_path):
     scored = sum(len(line["child_accuracy"]) for line in lines if line["event"] == "scores")
     assert results["scored"] == scored > 0
     assert "architectures scored, reliability" in said
+
+
+def test_cp_plus_trains_another_path_each_step(monkeypatch, tmp_path):
+    settings = {"edge_policy": "top2", **PLUS, "plus_paths": "step"}
+    _, said = run(monkeypatch, tmp_path, Noisy, **settings)
+    assert "another path each step" in said
+    assert Oracle.last.takes_turns
+    config = base_config()
+    config.search.update(rounds=1, operations=FIVE, **settings)
+    strategy = sampled_strategy(config)
+    first = strategy.turns(5, 1, 1, all_survivors(FIVE), 3 * 10)
+    for model in MODELS:
+        trained = [
+            own for what, of, own, _ in Oracle.last.requests if (what, of) == ("train", model)
+        ]
+        # Three steps of each epoch; the first stage has two rounds of five epochs.
+        assert len(trained) == 3 * len(events(tmp_path, "sample"))
+        np.testing.assert_array_equal(trained[:30], first)
+    # What is logged, and scored after the epoch, is what other strategies train.
+    sampled = [line["architecture"] for line in events(tmp_path, "sample")[:5]]
+    expected = [operation_names(own) for own in strategy.sample(5, 1, all_survivors(FIVE))]
+    assert sampled == expected
+    assert replay(log_of(tmp_path), strategy).finished
+
+
+def test_an_epoch_of_turns_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
+    class Stops(Noisy):
+        def train(self, model, architectures, number, sums):
+            super().train(model, architectures, number, sums)
+            return (number, sums.steps) == (3, 2)
+
+    class Remembers(Noisy):
+        def train(self, model, architectures, number, sums):
+            trained.append((model, number, architectures[sums.steps].tolist()))
+            return super().train(model, architectures, number, sums)
+
+    settings = {"edge_policy": "top2", **PLUS, "plus_paths": "step"}
+    trained = []
+    run(monkeypatch, tmp_path / "whole", Remembers, **settings)
+    whole, trained = trained, []
+    with pytest.raises(Stopped):
+        run(monkeypatch, tmp_path / "stopped", Stops, **settings)
+    run(monkeypatch, tmp_path / "stopped", Remembers, **settings)
+    assert trained == whole[-len(trained) :]
+    assert trained[0][:2] == (CHILD, 3)
 
 
 @pytest.mark.parametrize("after", [1, 4])

@@ -36,8 +36,12 @@ MEASURES = ("accuracy", "log_likelihood")
 _SPLITS = 4
 """Random halvings that the reliability is a mean over."""
 
-# Far from the rounds of training: scored architectures are others.
+PATHS = ("epoch", "step")
+"""How long a path is trained before the next one."""
+
+# Far from the rounds of training and each other: what is scored, and what single steps train.
 _SCORED = 2**20
+_STEPS = 2**32
 
 
 def balanced_permutations(
@@ -92,6 +96,8 @@ class PlusSettings:
         reliability: a stage is scored until its credit has this reliability.
         certainty: of dropping more than the worst, see `credit.drops`.
         carry: weight of a score one stage later, against 1.
+        paths: one of `PATHS`: `epoch` trains the sampled architecture for an epoch, as CP-NAS does;
+            `step` another architecture each step, so that no path is the last one trained.
     """
 
     beta_p: float
@@ -100,6 +106,7 @@ class PlusSettings:
     reliability: float
     certainty: float
     carry: float
+    paths: str
 
 
 class ChildParentPlus(Strategy):
@@ -132,7 +139,7 @@ class ChildParentPlus(Strategy):
             models: both, or the child alone with beta_P = 0.
         """
         self.seed, self.settings, self.operations = seed, settings, tuple(operations)
-        self.models = models
+        self.models, self.takes_turns = models, settings.paths == "step"
         stages, trained = len(self.operations), []
         while stages >= LAST_STAGE:
             trained.append(stages)
@@ -147,8 +154,9 @@ class ChildParentPlus(Strategy):
         own = self.settings
         return (
             f"{', '.join(f'{n} rounds of {stage}' for stage, n in self._rounds.items())} "
-            f"operations; at most {own.max_scored} scored by {own.measure}, in each stage until "
-            f"their credit is reliable to {own.reliability:g}, beta_P = {own.beta_p:g}"
+            f"operations, another path each {own.paths}; at most {own.max_scored} "
+            f"scored by {own.measure}, in each stage until their credit is reliable to "
+            f"{own.reliability:g}, beta_P = {own.beta_p:g}"
         )
 
     def rounds(self, stage: int) -> int:
@@ -158,6 +166,21 @@ class ChildParentPlus(Strategy):
     def sample(self, stage: int, round_index: int, survivors: np.ndarray) -> np.ndarray:
         """Return a round's architectures: every surviving operation of an edge equally often."""
         return balanced_permutations(self.seed, stage, round_index, survivors)
+
+    def turns(
+        self, stage: int, round_index: int, sample: int, survivors: np.ndarray, steps: int
+    ) -> np.ndarray:
+        """Return rounds of their own, one after the other over the steps of a stage.
+
+        A stage has a multiple of K epochs, so that whole rounds fill it: in each every surviving
+        operation of an edge comes up equally often.
+        """
+        first = ((round_index - 1) * stage + sample - 1) * steps
+        rounds = range(first // stage, -(-(first + steps) // stage))
+        drawn = [
+            balanced_permutations(self.seed, stage, _STEPS + number, survivors) for number in rounds
+        ]
+        return np.concatenate(drawn)[first % stage :][:steps]
 
     def to_score(self, stage: int, number: int, survivors: np.ndarray) -> np.ndarray:
         """Return the architectures that a stage scores together, by their round's number from 1."""

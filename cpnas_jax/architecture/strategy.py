@@ -46,6 +46,7 @@ class Strategy(abc.ABC):
         total: sampled epochs of the whole search, at most.
         schedule: sampled epochs after which the learning rate has come to 0.
         restarts: whether a round begins with fresh weights.
+        takes_turns: whether an epoch trains other architectures than the sampled one, see `turns`.
     """
 
     models: tuple[str, ...] = MODELS
@@ -53,6 +54,7 @@ class Strategy(abc.ABC):
     total: int
     schedule: int
     restarts = False
+    takes_turns = False
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -65,6 +67,23 @@ class Strategy(abc.ABC):
     @abc.abstractmethod
     def sample(self, stage: int, round_index: int, survivors: np.ndarray) -> np.ndarray:
         """Return the architectures of a round, int32[n, 2, 14], in their order."""
+
+    def turns(
+        self, stage: int, round_index: int, sample: int, survivors: np.ndarray, steps: int
+    ) -> np.ndarray:
+        """Return what the steps of a sampled epoch train where it `takes_turns`.
+
+        Args:
+            stage: K.
+            round_index: t, from 1.
+            sample: s, from 1.
+            survivors: bool[2, 14, 8].
+            steps: of an epoch.
+
+        Returns:
+            int32[steps, 2, 14].
+        """
+        raise NotImplementedError(f"{type(self).__name__} trains what it samples")
 
     @abc.abstractmethod
     def decide(

@@ -20,6 +20,7 @@ SETTINGS = PlusSettings(
     reliability=0.8,
     certainty=0.95,
     carry=0.5,
+    paths="epoch",
 )
 
 
@@ -79,6 +80,35 @@ def test_the_supernet_is_trained_at_halvings():
     five = ChildParentPlus(seed=0, rounds=3, settings=SETTINGS, operations=OPERATIONS[:5])
     assert [five.rounds(stage) for stage in (5, 4, 3, 2)] == [6, 0, 0, 6]
     assert five.total == 6 * (5 + 2)
+
+
+@given(uneven_survivors(), st.integers(1, 20))
+def test_steps_train_the_operations_of_an_edge_equally_often(survivors, steps):
+    stage, strategy = int(survivors.sum(axis=-1).max()), plus(paths="step")
+    epochs = [(t, sample) for t in (1, 2) for sample in range(1, stage + 1)]
+    trained = [strategy.turns(stage, *epoch, survivors, steps) for epoch in epochs]
+    assert {own.shape for own in trained} == {(steps, 2, 14)}
+    # All epochs of a stage are one sequence, which does not ask how long an epoch is.
+    sequence = np.concatenate(trained)
+    at_once = strategy.turns(stage, 1, 1, survivors, len(sequence))
+    np.testing.assert_array_equal(sequence, at_once)
+    rounds = sequence.reshape(-1, stage, 2, 14)
+    counts = (rounds[..., None] == np.arange(8)).sum(axis=1)
+    left = survivors.sum(axis=-1, keepdims=True)
+    fair = (counts == stage // left) | (counts == -(-stage // left))
+    assert np.where(survivors, fair, counts == 0).all()
+
+
+def test_what_steps_train_is_neither_sampled_nor_scored():
+    strategy, survivors = plus(paths="step"), all_survivors()
+    assert strategy.takes_turns
+    assert not plus().takes_turns
+    trained = strategy.turns(8, 1, 1, survivors, 16)
+    others = [strategy.sample(8, t, survivors) for t in (1, 2)]
+    others += [strategy.to_score(8, t, survivors) for t in (1, 2)]
+    assert len(np.unique(np.concatenate([trained, *others]), axis=0)) == 16 + 4 * 8
+    other_seed = ChildParentPlus(seed=1, rounds=1, settings=strategy.settings)
+    assert (other_seed.turns(8, 1, 1, survivors, 16) != trained).any()
 
 
 class Worlds:

@@ -1,0 +1,59 @@
+"""Epochs whose steps train architectures of their own, with real networks on eight devices."""
+
+import jax
+import numpy as np
+import pytest
+from injected import with_value
+from one_cell_supernet import OFFERED, STEPS, networks_of
+
+from cpnas_jax.models.space import EDGES, MODELS, OPERATIONS, PARENT
+from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.search_networks import EpochSums
+
+
+@pytest.fixture(scope="module")
+def turning():
+    """Networks whose calls have four steps at most, so that the last one of an epoch has one."""
+    networks = networks_of(takes_turns=True)
+    return networks, networks.initial_state()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return networks_of(steps_per_call=1)
+
+
+@pytest.fixture
+def turns():
+    offered = np.array([OPERATIONS.index(name) for name in OFFERED], np.int32)
+    return offered[np.random.default_rng(0).integers(0, len(OFFERED), (STEPS, 2, 14))]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_they_are_steps_of_one_path_each(turning, plain, turns, model):
+    turning, states = turning
+    turning.load(states)
+    plain.load(states)
+    sums, own, calls = EpochSums(), EpochSums(), 0
+    while sums.steps < STEPS:
+        turning.train(model, turns, 2, sums)
+        calls += 1
+    while own.steps < STEPS:
+        plain.train(model, turns[own.steps][None], 2, own)
+    assert calls == 2
+    np.testing.assert_allclose(sums.loss, own.loss, rtol=1e-6)
+    found, expected = (jax.tree.leaves(networks.host_state()) for networks in (turning, plain))
+    for leaf, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_path_of_the_step_that_is_not_finite_is_looked_at(turning, turns):
+    turning, states = turning
+    skip, conv = OPERATIONS.index("skip_connect"), OPERATIONS.index("dil_conv_3x3")
+    turns[turns == conv] = skip
+    # The fourth step alone has it.
+    turns[3, :, EDGES.index((0, 2))] = conv
+    name = "cells/0/edges/stride1/dil_conv_3x3/unit0/pointwise/kernel"
+    turning.load({**states, PARENT: with_value(states[PARENT], name, np.nan)})
+    with pytest.raises(UserError, match=r"step 4 of sampled epoch 3; .*cell 0 .normal., edge 0->2"):
+        turning.train(PARENT, turns, 2, EpochSums())

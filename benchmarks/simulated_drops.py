@@ -10,9 +10,10 @@ of the effects: 0 is what a random architecture has. A table, then one JSON obje
 
     python benchmarks/simulated_drops.py --seeds 200 --shares
 
-asks instead how 280 scored architectures are best shared by the seven stages, with carried scores.
-*First* and *last* are the squared correlation of the found with the true effects, of what survives,
-at the first and the last drop: what a reliability estimates.
+asks instead how 280 scored architectures are best shared by the seven stages, with carried scores:
+the difference of quality from that of equal shares, with its standard error over the same worlds,
+and the correlation of the found with the true effects of what survives, at the first and the last
+drop; its square is what a reliability estimates.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from train_variants import spread, spread_text
 
-from cpnas_jax.architecture.credit import drops, mean_scores, ridge
+from cpnas_jax.architecture.credit import agreement, drops, mean_scores, ridge
 from cpnas_jax.architecture.indicator import drop_worst
 from cpnas_jax.architecture.sampling import FIRST_STAGE, all_survivors, stage_permutations
 
@@ -63,17 +64,6 @@ def by_means(effects: np.ndarray, seed: int, rounds: int) -> dict[str, float]:
     return {"quality": quality(effects, survivors), "scored": rounds * 35, "stages": 7}
 
 
-def agreement(effects: np.ndarray, found: np.ndarray, survivors: np.ndarray) -> float:
-    """Return the squared correlation of true and found effects within edges, of what survives."""
-    open_edges = survivors & (survivors.sum(axis=-1, keepdims=True) > 1)
-    pair = []
-    for values in (effects, found):
-        left = np.where(survivors, values, np.nan)
-        pair.append((left - np.nanmean(left, axis=-1, keepdims=True))[open_edges])
-    # Where nothing can be told apart all found effects are equal.
-    return float(np.corrcoef(*pair)[0, 1] ** 2) if pair[1].std() > 0 else 0.0
-
-
 def by_ridge(
     effects: np.ndarray, seed: int, numbers: Sequence[int], certainty: float, carried: bool
 ) -> dict[str, float]:
@@ -104,10 +94,11 @@ def by_ridge(
     }
 
 
+EQUAL = "equally"
 SHARES = {
-    "equal": (40,) * 7,
-    "half in the first stage": (140, *(23,) * 6),
-    "each half of what is left": (140, 70, 35, 17, 9, 5, 4),
+    EQUAL: (40,) * 7,
+    "half in the first stage": (140, 24, 24, *(23,) * 4),
+    "in each stage half of what is left": (140, 70, 35, 18, 9, 4, 4),
     "all in the first stage": (280, *(0,) * 6),
     "more and more": (20, 20, 30, 40, 50, 60, 60),
 }
@@ -134,7 +125,8 @@ def main() -> None:
         rules = {name: (by_ridge, (numbers, 0.99, True)) for name, numbers in SHARES.items()}
         columns += ("first", "last")
     result = {}
-    print(f"{'':48}{'quality: mean [least, largest]':>34}", *(f"{name:>7}" for name in columns))
+    titles = [f"{name:>7}" for name in columns] + ["difference"] * flags.shares
+    print(f"{'':48}{'quality: mean [least, largest]':>34}", *titles)
     worlds = []
     for seed in range(flags.seeds):
         generator = np.random.default_rng([0, seed])
@@ -144,7 +136,12 @@ def main() -> None:
         found = [rule(effects, seed, *settings) for seed, effects in enumerate(worlds)]
         result[name] = {key: spread([own[key] for own in found]) for key in ("quality", *columns)}
         text = spread_text(result[name]["quality"])
-        means = (f"{result[name][key]['mean']:7.3g}" for key in columns)
+        means = [f"{result[name][key]['mean']:7.3g}" for key in columns]
+        if flags.shares:
+            qualities, equal = (np.array(result[own]["quality"]["values"]) for own in (name, EQUAL))
+            apart = qualities - equal
+            error = apart.std(ddof=1) / len(apart) ** 0.5
+            means.append(f"{apart.mean():+8.3f} +- {error:.3f}")
         print(f"{name:48}{text:>34}", *means, flush=True)
     best = [quality(own, np.arange(8) == own.argmax(axis=-1)[..., None]) for own in worlds]
     result["best possible"] = spread(best)

@@ -25,6 +25,32 @@ Repeat = Callable[[Any, PathLoss], tuple[ModelState, dict[str, Any]]]
 """(optimizer, loss) -> what the bad step gives when it is run so, in host memory."""
 
 
+def last_spoilt(
+    settings: SupernetSettings, params: Any, turns: np.ndarray, first: int, number: int
+) -> int:
+    """Return the step of a call to blame, where each trains a path of its own.
+
+    What an update left not finite shows in the next step that samples it, which may be in no call
+    soon: to blame is the last step that did.
+
+    Args:
+        settings: of the supernet.
+        params: after the call, in host memory.
+        turns: int[n, 2, 14], what each step of the epoch trains.
+        first: number of the call's first step.
+        number: of the step that was found to be bad.
+
+    Returns:
+        The last step up to `number` that sampled something that is not finite; `number` if none.
+    """
+    kinds = tuple(shape.kind for shape in cell_shapes(settings))
+    for earlier in range(number, first - 1, -1):
+        places = supernet_places(params, sampled_operation(turns[earlier], kinds))
+        if last_bad_leaf(places):
+            return earlier
+    return number
+
+
 def bad_layer(
     settings: SupernetSettings,
     state: ModelState,

@@ -27,7 +27,7 @@ from cpnas_jax.runtime.parallel import (
 )
 from cpnas_jax.runtime.shards import Shards
 from cpnas_jax.search_devices import SearchDevices
-from cpnas_jax.search_diagnosis import bad_layer
+from cpnas_jax.search_diagnosis import bad_layer, last_spoilt
 from cpnas_jax.search_state import EpochSums
 from cpnas_jax.search_step import (
     Call,
@@ -77,6 +77,7 @@ class Networks(SearchDevices):
         shards = Shards(devices, config.runtime.deterministic, self.paths)
         super().__init__(config, train, validation, started, shards)
         self._models, self._schedule = models, sampled_epochs
+        assert not (takes_turns and self.paths > 1)
         self._takes_turns = takes_turns
         self._optimizer = PathOptimizer(self._optimizer_settings(search, sampled_epochs))
         self._init = jax.jit(self._initial_model, compiler_options=self._compiler_options)
@@ -159,7 +160,8 @@ class Networks(SearchDevices):
         """Return a call of the training program; see `train`."""
         if self._takes_turns:
             # Of one length, so that a shorter call is the same program.
-            own = np.zeros((self._steps_per_call, *SHAPE), np.int32)
+            length = min(self._steps_per_call, self.steps_per_epoch)
+            own = np.zeros((length, *SHAPE), np.int32)
             own[:num_steps] = architectures[first_step : first_step + num_steps]
             architectures = own[None]
         return self._call(model, architectures, epoch, first_step, num_steps)
@@ -196,8 +198,8 @@ class Networks(SearchDevices):
         Args:
             model: CHILD or PARENT.
             architectures: int32[n, 2, 14], n at most `paths`: trained at the same time, each as
-                the sampled epoch of its own number. Where they take turns, int32[n, 2, 14] of
-                the n steps of the epoch.
+                the sampled epoch of its own number. Where they take turns,
+                int32[steps_per_epoch, 2, 14], one for each step.
             epoch: sampled epochs before that of the first.
             sums: of the steps done; those of this call are added.
 
@@ -218,8 +220,11 @@ class Networks(SearchDevices):
         self._note_first_step()
         if int(host["bad_step"]) >= 0:
             bad = int(host["bad_step"])
-            own = architectures[bad : bad + 1] if self._takes_turns else architectures
-            raise self._not_finite(model, own, epoch, bad)
+            if self._takes_turns:
+                params = to_host(self._states[model]).params
+                bad = last_spoilt(self._settings, params, architectures, first, bad)
+                architectures = architectures[bad : bad + 1]
+            raise self._not_finite(model, architectures, epoch, bad)
         sums.steps += count
         sums.loss += float(host["loss"])
         return bool(host["stop"])

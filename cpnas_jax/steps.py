@@ -46,7 +46,7 @@ def steps_until_bad(
 
     A step is bad if its loss, a gradient, or the sum of a metric up to it is not finite. If the
     update of the last step leaves something in the state that is not, that one is bad too; at any
-    earlier one it would show in the loss of the next.
+    earlier one it would show in the loss of the next step that uses it.
 
     Args:
         step: what to run; it leaves the state as it was where loss or gradients are not finite.

@@ -236,7 +236,7 @@ def test_an_epoch_of_turns_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
 
     class Remembers(Noisy):
         def train(self, model, architectures, number, sums):
-            trained.append((model, number, architectures[sums.steps].tolist()))
+            trained.append((model, number, sums.steps, architectures[sums.steps].tolist()))
             return super().train(model, architectures, number, sums)
 
     settings = {"edge_policy": "top2", **PLUS, "plus_paths": "step"}
@@ -247,7 +247,7 @@ def test_an_epoch_of_turns_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
         run(monkeypatch, tmp_path / "stopped", Stops, **settings)
     run(monkeypatch, tmp_path / "stopped", Remembers, **settings)
     assert trained == whole[-len(trained) :]
-    assert trained[0][:2] == (CHILD, 3)
+    assert trained[0][:3] == (CHILD, 3, 2)
 
 
 @pytest.mark.parametrize("after", [1, 4])

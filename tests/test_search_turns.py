@@ -57,3 +57,20 @@ def test_the_path_of_the_step_that_is_not_finite_is_looked_at(turning, turns):
     turning.load({**states, PARENT: with_value(states[PARENT], name, np.nan)})
     with pytest.raises(UserError, match=r"step 4 of sampled epoch 3; .*cell 0 .normal., edge 0->2"):
         turning.train(PARENT, turns, 2, EpochSums())
+
+
+def test_an_update_that_no_later_step_uses_is_found(turning, turns):
+    turning, states = turning
+    skip, conv = OPERATIONS.index("skip_connect"), OPERATIONS.index("dil_conv_3x3")
+    turns[turns == conv] = skip
+    # Its loss is finite, its update is not, and the third and fourth step sample others.
+    turns[1, :, EDGES.index((0, 2))] = conv
+    state = states[PARENT]
+    moments = jax.tree.map(
+        lambda leaf: np.full_like(leaf, np.inf), state.optimizer[PARENT]["edges"]
+    )
+    optimizer = {**state.optimizer, PARENT: {**state.optimizer[PARENT], "edges": moments}}
+    turning.load({**states, PARENT: state.replace(optimizer=optimizer)})
+    words = r"step 2 of sampled epoch 3; an update left cell 0 .normal., edge 0->2 dil_conv_3x3"
+    with pytest.raises(UserError, match=words):
+        turning.train(PARENT, turns, 2, EpochSums())

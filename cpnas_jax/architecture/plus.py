@@ -1,10 +1,11 @@
 """`cp_plus`: Child-Parent search with many scored architectures, shared credit and certain drops.
 
 All of it is [ours]; docs/indicator.md derives it and has the figures. The supernet is trained as in
-CP-NAS, by rounds in which every surviving operation of every edge comes up equally often, but it is
-scored apart from that: scoring an architecture is a forward pass, so that there can be far more
-scored architectures than trained ones. Ridge regression shares the credit among their operations
-(`credit.py`), until it repeats itself with a stated reliability.
+CP-NAS, by rounds in which every surviving operation of every edge comes up equally often, though
+another path each step (`PATHS`), and it is scored apart from that: scoring an architecture is a
+forward pass, so that there can be far more scored architectures than trained ones. Ridge regression
+shares the credit among their operations (`credit.py`), until it repeats itself with a stated
+reliability.
 """
 
 import dataclasses
@@ -39,7 +40,8 @@ _SPLITS = 4
 PATHS = ("epoch", "step")
 """How long a path is trained before the next one."""
 
-# Far from the rounds of training and each other: what is scored, and what single steps train.
+# Far from the rounds of training and each other: what is scored, and what single steps train (whose
+# round 0 has the stream of a candidate of `random_search`; no search has both).
 _SCORED = 2**20
 _STEPS = 2**32
 
@@ -170,10 +172,9 @@ class ChildParentPlus(Strategy):
     def turns(
         self, stage: int, round_index: int, sample: int, survivors: np.ndarray, steps: int
     ) -> np.ndarray:
-        """Return rounds of their own, one after the other over the steps of a stage.
+        """Return an epoch's part of a sequence of rounds, which are balanced as those of `sample`.
 
-        A stage has a multiple of K epochs, so that whole rounds fill it: in each every surviving
-        operation of an edge comes up equally often.
+        A stage has a multiple of K epochs, so that its last round is whole.
         """
         first = ((round_index - 1) * stage + sample - 1) * steps
         rounds = range(first // stage, -(-(first + steps) // stage))

@@ -23,7 +23,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "random": (),
     "cp_plus": (
         *("rounds", "plus_beta_p", "measure", "max_scored", "plus_score_examples"),
-        *("reliability", "certainty", "carry", "plus_paths"),
+        *("reliability", "certainty", "carry", "plus_training", "plus_paths"),
     ),
     "darts": (*_GRADIENT, "gradient_model", "second_order"),
     "pc_darts": (

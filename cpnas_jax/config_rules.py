@@ -161,6 +161,7 @@ RULES = {
     "search.reliability": _number(0, 1),
     "search.certainty": _number(0.5, 1),
     "search.carry": _number(0, 1, open_low=True),
+    "search.plus_training": _integer(1),
     "search.plus_paths": _one_of(PATHS),
     "search.parallel": _one_of(PARALLEL),
     # Beyond, float32 alpha could not be checked against eq. 4.16 with any sense.

@@ -47,6 +47,7 @@ def sampled_strategy(config: config_dict.ConfigDict) -> Strategy:
                 reliability=search.reliability,
                 certainty=search.certainty,
                 carry=search.carry,
+                training=search.plus_training,
                 paths=search.plus_paths,
             ),
             operations=operations,

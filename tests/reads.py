@@ -13,7 +13,7 @@ OF_GRADIENT = {
 OF_SAMPLED = {
     *("search.candidates", "search.plus_beta_p", "search.measure", "search.max_scored"),
     *("search.plus_score_examples", "search.reliability", "search.certainty", "search.carry"),
-    "search.plus_paths",
+    *("search.plus_training", "search.plus_paths"),
 }
 """Keys of other strategies of sampled paths than `cp`."""
 

@@ -98,6 +98,7 @@ class PlusSettings:
         reliability: a stage is scored until its credit has this reliability.
         certainty: of dropping more than the worst, see `credit.drops`.
         carry: weight of a score one stage later, against 1.
+        training: the supernet is trained for so many times T rounds at each halving.
         paths: one of `PATHS`: `epoch` trains the sampled architecture for an epoch, as CP-NAS does;
             `step` another architecture each step, so that no path is the last one trained.
     """
@@ -108,18 +109,19 @@ class PlusSettings:
     reliability: float
     certainty: float
     carry: float
+    training: int
     paths: str
 
 
 class ChildParentPlus(Strategy):
     """The strategy `cp_plus`.
 
-    With T = `rounds` child and parent are trained for 2 T rounds with all K operations, 2 T more
-    when half of them are left, and so on: 28 T sampled epochs with K = 8, 80 % of the 35 T of `cp`;
-    the others pay for scoring. The child alone has twice as many. A number that is passed over,
-    where several are dropped at once, is not trained: the search is shorter, and ends at a higher
-    rate. Between these, operations are dropped one stage after the other on new scores. Alpha is
-    the credit: its gradient is that of 1/2 * (alpha - effect)^2, at rate 1.
+    With T = `rounds` and a `training` of 2 child and parent are trained for 2 T rounds with all K
+    operations, 2 T more when half of them are left, and so on: 28 T sampled epochs with K = 8, 80 %
+    of the 35 T of `cp`; the others pay for scoring. The child alone has twice as many. A number
+    that is passed over, where several are dropped at once, is not trained: the search is shorter,
+    and ends at a higher rate. Between these, operations are dropped one stage after the other on
+    new scores. Alpha is the credit: its gradient is that of 1/2 * (alpha - effect)^2, at rate 1.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class ChildParentPlus(Strategy):
             trained.append(stages)
             stages //= 2
         # The child alone costs half.
-        each = 2 * rounds * len(MODELS) // len(models)
+        each = settings.training * rounds * len(MODELS) // len(models)
         self._rounds = dict.fromkeys(trained, each)
         self.total = self.schedule = each * sum(trained)
 

@@ -20,6 +20,7 @@ SETTINGS = PlusSettings(
     reliability=0.8,
     certainty=0.95,
     carry=0.5,
+    training=2,
     paths="epoch",
 )
 
@@ -77,6 +78,7 @@ def test_the_supernet_is_trained_at_halvings():
     assert [plus().rounds(stage) for stage in range(8, 1, -1)] == [2, 0, 0, 0, 2, 0, 2]
     child = ChildParentPlus(seed=0, rounds=1, settings=SETTINGS, models=("child",))
     assert (child.total, child.rounds(4)) == (56, 4)
+    assert (plus(training=1).total, plus(training=1).rounds(4)) == (14, 1)
     five = ChildParentPlus(seed=0, rounds=3, settings=SETTINGS, operations=OPERATIONS[:5])
     assert [five.rounds(stage) for stage in (5, 4, 3, 2)] == [6, 0, 0, 6]
     assert five.total == 6 * (5 + 2)

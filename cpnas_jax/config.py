@@ -63,9 +63,7 @@ def base_config() -> config_dict.ConfigDict:
     search.reliability = 0.8  # of the credit, at which a stage has scored enough [ours]
     search.certainty = 0.99  # at which more than an edge's worst operation is dropped [ours]
     search.carry = 1.0  # weight of a score one stage later [ours]
-    search.plus_training = (
-        2  # times T rounds of training at K, K/2, ...; of the child alone 4 [ours]
-    )
+    search.plus_training = 2  # times T rounds at K, K/2, ...; the child alone has twice that [ours]
     search.plus_paths = "step"  # a path is trained for an epoch, as in cp, or a step [ours]
     # data: the devices share each batch [paper: one device]; path: each group of devices trains
     # another architecture of a round at the same time, see docs/devices.md [ours]

@@ -1,6 +1,6 @@
 """A config of minutes on one core: small networks, a part of CIFAR-10, small images.
 
-    python -m cpnas_jax.main --config=benchmarks/small_cifar10.py:compare --workdir=DIR
+    python -m cpnas_jax.main --config=benchmarks/small_cifar10.py:compare --workdir=DIR \\
         --config.dataset.data_dir=DATA [--config.compare.seeds="(0,1,2)"]
 
 Of the strategies side by side in docs/results.md. All derive cells of 8 edges (`top2`), so that

@@ -30,8 +30,8 @@ def last_spoilt(
 ) -> int:
     """Return the step of a call to blame, where each trains a path of its own.
 
-    What an update left not finite shows in the next step that samples it, which may be in no call
-    soon: to blame is the last step that did.
+    What an update left not finite shows in the next step that samples it, and none of the call
+    need do so. To blame is the last step that did: its update, or what it met.
 
     Args:
         settings: of the supernet.
@@ -46,7 +46,7 @@ def last_spoilt(
     kinds = tuple(shape.kind for shape in cell_shapes(settings))
     for earlier in range(number, first - 1, -1):
         places = supernet_places(params, sampled_operation(turns[earlier], kinds))
-        if last_bad_leaf(places):
+        if not all(np.isfinite(leaf).all() for _, leaf in places):
             return earlier
     return number
 

@@ -45,8 +45,8 @@ def steps_until_bad(
     """Run steps and sum their metrics; the first bad one is the last.
 
     A step is bad if its loss, a gradient, or the sum of a metric up to it is not finite. If the
-    update of the last step leaves something in the state that is not, that one is bad too; at any
-    earlier one it would show in the loss of the next step that uses it.
+    state is not after the last step, that one is called bad: an earlier update would show in the
+    loss of the next, unless steps use different parts of the state (see `last_spoilt`).
 
     Args:
         step: what to run; it leaves the state as it was where loss or gradients are not finite.

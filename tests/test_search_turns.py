@@ -8,6 +8,7 @@ from one_cell_supernet import OFFERED, STEPS, networks_of
 
 from cpnas_jax.models.space import EDGES, MODELS, OPERATIONS, PARENT
 from cpnas_jax.runtime.errors import UserError
+from cpnas_jax.search_diagnosis import last_spoilt
 from cpnas_jax.search_networks import EpochSums
 
 
@@ -27,6 +28,17 @@ def plain():
 def turns():
     offered = np.array([OPERATIONS.index(name) for name in OFFERED], np.int32)
     return offered[np.random.default_rng(0).integers(0, len(OFFERED), (STEPS, 2, 14))]
+
+
+NAME = "cells/0/edges/stride1/dil_conv_3x3/unit0/pointwise/kernel"
+
+
+def only_in(turns, *steps):
+    """Let some steps alone sample a convolution, on the edge from 0 to 2."""
+    skip, conv = OPERATIONS.index("skip_connect"), OPERATIONS.index("dil_conv_3x3")
+    turns[turns == conv] = skip
+    for step in steps:
+        turns[step, :, EDGES.index((0, 2))] = conv
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -49,22 +61,16 @@ def test_they_are_steps_of_one_path_each(turning, plain, turns, model):
 
 def test_the_path_of_the_step_that_is_not_finite_is_looked_at(turning, turns):
     turning, states = turning
-    skip, conv = OPERATIONS.index("skip_connect"), OPERATIONS.index("dil_conv_3x3")
-    turns[turns == conv] = skip
-    # The fourth step alone has it.
-    turns[3, :, EDGES.index((0, 2))] = conv
-    name = "cells/0/edges/stride1/dil_conv_3x3/unit0/pointwise/kernel"
-    turning.load({**states, PARENT: with_value(states[PARENT], name, np.nan)})
+    only_in(turns, 3)
+    turning.load({**states, PARENT: with_value(states[PARENT], NAME, np.nan)})
     with pytest.raises(UserError, match=r"step 4 of sampled epoch 3; .*cell 0 .normal., edge 0->2"):
         turning.train(PARENT, turns, 2, EpochSums())
 
 
 def test_an_update_that_no_later_step_uses_is_found(turning, turns):
     turning, states = turning
-    skip, conv = OPERATIONS.index("skip_connect"), OPERATIONS.index("dil_conv_3x3")
-    turns[turns == conv] = skip
     # Its loss is finite, its update is not, and the third and fourth step sample others.
-    turns[1, :, EDGES.index((0, 2))] = conv
+    only_in(turns, 1)
     state = states[PARENT]
     moments = jax.tree.map(
         lambda leaf: np.full_like(leaf, np.inf), state.optimizer[PARENT]["edges"]
@@ -74,3 +80,20 @@ def test_an_update_that_no_later_step_uses_is_found(turning, turns):
     words = r"step 2 of sampled epoch 3; an update left cell 0 .normal., edge 0->2 dil_conv_3x3"
     with pytest.raises(UserError, match=words):
         turning.train(PARENT, turns, 2, EpochSums())
+
+
+@pytest.mark.parametrize(
+    ("sampled", "name", "step"),
+    [
+        ((1, 2), NAME, 2),  # not the first that did
+        ((1, 3), NAME, 3),  # met where it was found
+        ((0, 4), NAME, 3),  # in no step of the call
+        ((1,), "stem/kernel", 3),  # what every step uses
+        ((1,), None, 3),  # a gradient, or the optimizer's state
+    ],
+)
+def test_to_blame_is_the_last_step_that_sampled_it(turning, turns, sampled, name, step):
+    networks, states = turning
+    only_in(turns, *sampled)
+    state = states[PARENT] if name is None else with_value(states[PARENT], name, np.inf)
+    assert last_spoilt(networks._settings, state.params, turns, 1, 3) == step

@@ -110,13 +110,13 @@ class Supernet:
         self.base, self.sampling, self.seed = base, sampling, seed
         base.mkdir(parents=True, exist_ok=True)
         config = configured(SUPERNET, seed, data_dir)
-        if sampling == "step":
-            config.runtime.steps_per_call = 1
         # The same images for every seed: what differs is the weights, their order and the paths.
         split = images(config, "train", config.search.examples)
         parts = train_validation_parts(split, config.search.validation_fraction, 0)
         total = RATE_ROUNDS * sum(range(2, FIRST_STAGE + 1))
-        self.networks = Networks(config, *parts, total, time.monotonic())
+        self.networks = Networks(
+            config, *parts, total, time.monotonic(), takes_turns=sampling == "step"
+        )
         self.start = self.networks.initial_state()
 
     def resume(self) -> int:
@@ -143,12 +143,11 @@ class Supernet:
         }
 
     def epoch(self, number: int, paths: np.ndarray) -> None:
-        """Train both models for an epoch, with paths int32[n, 2, 14] that take turns by steps."""
+        """Train both models for an epoch, with a path int32[1, 2, 14] or one for each step."""
         for model in MODELS:
             sums = EpochSums()
             while sums.steps < self.networks.steps_per_epoch:
-                own = paths[sums.steps % len(paths)]
-                self.networks.train(model, own[None], number, sums)
+                self.networks.train(model, paths, number, sums)
 
     def round(self, number: int) -> None:
         """Train for a round, score on its way and after it, and save."""

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from ml_collections import config_dict
 
-from cpnas_jax.architecture.sampling import num_paths, num_sampled_epochs
+from cpnas_jax.architecture.sampling import num_paths
 from cpnas_jax.config_keys import flatten
-from cpnas_jax.config_rules import MODES, RULES, check_gradient_strategy
-from cpnas_jax.models.space import MODELS, OPERATIONS
+from cpnas_jax.config_rules import MODES, RULES, check_gradient_strategy, check_sampled_strategy
+from cpnas_jax.models.space import OPERATIONS
 from cpnas_jax.runtime.board import require_package
 from cpnas_jax.runtime.errors import UserError
 
@@ -318,22 +318,11 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
             f"config.search.cells={search.cells} positions are 0 to {search.cells - 1}"
         )
     check_gradient_strategy(search, config.runtime.deterministic)
+    check_sampled_strategy(search)
     if config.compare.beta_p and "cp" not in config.compare.strategies:
         raise UserError(
             f"config.compare.beta_p is {config.compare.beta_p}; without cp among "
             f"config.compare.strategies={config.compare.strategies} it must be ()"
-        )
-    least = 2 * sum(range(2, len(search.operations) + 1))
-    if search.strategy == "cp_plus" and search.max_scored < least:
-        raise UserError(
-            f"config.search.max_scored is {search.max_scored}; it must be at least {least}, two "
-            f"rounds of each stage of {len(search.operations)} operations"
-        )
-    scored = search.score_examples or search.plus_score_examples
-    if search.strategy == "cp_plus" and search.score_batch_size > scored:
-        raise UserError(
-            f"config.search.score_batch_size is {search.score_batch_size}; cp_plus scores "
-            f"{scored} images (config.search.plus_score_examples)"
         )
     for name in ("warmup_epochs", "real_weights_epochs"):
         if config.train[name] >= config.train.epochs:
@@ -350,17 +339,6 @@ def validate(config: config_dict.ConfigDict, num_devices: int) -> None:
         raise UserError(
             f"config.network.channels is {config.network.channels}; with "
             "config.network.stem=imagenet it must be at least 2"
-        )
-    if search.parallel == "path" and search.strategy not in ("cp", "child"):
-        raise UserError(
-            f"config.search.parallel is 'path'; with config.search.strategy={search.strategy} it "
-            "must be 'data': only the architectures of cp and child share no operation in a round"
-        )
-    most = len(MODELS) * num_sampled_epochs(search.rounds, len(search.operations))
-    if search.strategy == "random_search" and search.candidates > most:
-        raise UserError(
-            f"config.search.candidates is {search.candidates}; it must be at most {most}, the "
-            f"epochs that the search has with config.search.rounds={search.rounds}"
         )
     searched = ("search.batch_size", "search.score_batch_size")
     trained = ("train.batch_size", "evaluate.batch_size")

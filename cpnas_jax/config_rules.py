@@ -10,6 +10,7 @@ from ml_collections import config_dict
 
 from cpnas_jax.architecture.genotype import EDGE_POLICIES
 from cpnas_jax.architecture.plus import MEASURES, PATHS
+from cpnas_jax.architecture.sampling import num_sampled_epochs
 from cpnas_jax.deploy.iree_engine import TARGETS
 from cpnas_jax.models.binarize import ESTIMATORS, PAD_VALUES, WEIGHT_SCALES
 from cpnas_jax.models.blocks import Levers
@@ -287,4 +288,38 @@ def check_gradient_strategy(search: config_dict.ConfigDict, shards: int) -> None
             f"config.search.epochs is {search.epochs}; after {search.alpha_warmup} epochs of "
             f"config.search.alpha_warmup at least {len(search.operations) - 1} must follow, one "
             "for each operation that is dropped"
+        )
+
+
+def check_sampled_strategy(search: config_dict.ConfigDict) -> None:
+    """Check the keys of strategies of sampled paths against each other.
+
+    Args:
+        search: section of a config.
+
+    Raises:
+        UserError: the first bad key, its value and what would be right.
+    """
+    least = 2 * sum(range(2, len(search.operations) + 1))
+    if search.strategy == "cp_plus" and search.max_scored < least:
+        raise UserError(
+            f"config.search.max_scored is {search.max_scored}; it must be at least {least}, two "
+            f"rounds of each stage of {len(search.operations)} operations"
+        )
+    scored = search.score_examples or search.plus_score_examples
+    if search.strategy == "cp_plus" and search.score_batch_size > scored:
+        raise UserError(
+            f"config.search.score_batch_size is {search.score_batch_size}; cp_plus scores "
+            f"{scored} images (config.search.plus_score_examples)"
+        )
+    if search.parallel == "path" and search.strategy not in ("cp", "child"):
+        raise UserError(
+            f"config.search.parallel is 'path'; with config.search.strategy={search.strategy} it "
+            "must be 'data': only the architectures of cp and child share no operation in a round"
+        )
+    most = len(MODELS) * num_sampled_epochs(search.rounds, len(search.operations))
+    if search.strategy == "random_search" and search.candidates > most:
+        raise UserError(
+            f"config.search.candidates is {search.candidates}; it must be at most {most}, the "
+            f"epochs that the search has with config.search.rounds={search.rounds}"
         )

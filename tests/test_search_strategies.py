@@ -228,6 +228,17 @@ def test_cp_plus_trains_another_path_each_step(monkeypatch, tmp_path):
     assert replay(log_of(tmp_path), strategy).finished
 
 
+def test_what_cp_plus_trains_is_configured():
+    config = base_config()
+    config.search.update(strategy="cp_plus", rounds=1)
+    usual = sampled_strategy(config)
+    # Of the child alone: four rounds of 8, 4 and 2 operations.
+    assert (usual.total, usual.takes_turns) == (56, True)
+    config.search.update(plus_training=1, plus_paths="epoch")
+    changed = sampled_strategy(config)
+    assert (changed.total, changed.takes_turns) == (28, False)
+
+
 def test_an_epoch_of_turns_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
     class Stops(Noisy):
         def train(self, model, architectures, number, sums):

@@ -59,6 +59,12 @@ def test_they_are_steps_of_one_path_each(turning, plain, turns, model):
         np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-6)
 
 
+def test_a_call_holds_no_more_paths_than_an_epoch_has_steps():
+    networks = networks_of(steps_per_call=10**6, takes_turns=True)
+    networks.load(networks.initial_state())
+    assert networks._any_call().architecture.shape == (8, STEPS, 2, 14)
+
+
 def test_the_path_of_the_step_that_is_not_finite_is_looked_at(turning, turns):
     turning, states = turning
     only_in(turns, 3)
